@@ -1,0 +1,52 @@
+"""The command line: `python -m stages [--env-file PRESET] STAGE [OPTIONS]`."""
+
+from pathlib import Path
+
+import click
+
+from stages import __version__
+from stages.lib.run import settings
+from stages.lib.run.exits import Reported
+
+
+@click.group(cls=settings.Stages)
+@click.version_option(__version__, prog_name="lora-stages")
+@click.option(
+    "--env-file", type=click.Path(path_type=Path), help="Preset: a file of NAME=value lines, such as env/sample.env."
+)
+@click.pass_context
+def stages(ctx: click.Context, env_file: Path | None) -> None:
+    """Fine-tune a language model with LoRA: stages that meet only on disk.
+
+    A setting comes from its flag, else the environment, else the preset, else its default.
+    """
+    group = ctx.command
+    assert isinstance(group, settings.Stages)
+    settings.check_make_overrides(group.declared())
+    settings.load_secrets(Path("env"))
+    if env_file:
+        group.use_preset(ctx, env_file)
+
+
+def _register() -> None:
+    from stages.evaluate import evaluate
+    from stages.generate import generate
+    from stages.merge import merge
+    from stages.prepare_data import prepare_data
+    from stages.tools.options import options
+    from stages.tools.report import report
+    from stages.train import train
+
+    for command in (prepare_data, train, evaluate, generate, merge, report, options):
+        stages.add_command(command)
+
+
+def main() -> None:
+    """Run a command and exit with its code."""
+    _register()
+    with Reported() as outcome:
+        stages.main(prog_name="python -m stages", standalone_mode=False, obj=outcome)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""evaluate: is the tuned model better than its base, and does it stop?
+
+Reads `adapter/` and `data/` in the run directory, and the base model.
+Writes `evaluation/`: `evaluation.json`, and the same as `evaluation.md`.
+"""
+
+import click
+
+from stages.lib.run import options
+from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.settings import Number, Stage, setting
+
+
+@click.command("evaluate", cls=Stage)
+@setting("--prompt", "PROMPT", help="A question of your own, answered before the held-out ones.")
+@setting(
+    "--evaluation-prompts", "EVALUATION_PROMPTS", type=Number(int, low=0, high=64), default=8,
+    help="Held-out questions that base and tuned model answer.",
+)  # fmt: skip
+@options.max_new_tokens(128)
+@run_options
+@click.pass_context
+def evaluate(
+    ctx: click.Context, prompt: str | None, evaluation_prompts: int, max_new_tokens: int, **run_settings: object
+) -> None:
+    """Compare base and tuned model on held-out data."""
+    from stages.lib.data import conversation, prepared
+    from stages.lib.model.base import Base
+    from stages.lib.report import comparison
+
+    run = Run(ctx)
+    made, data = run.read("adapter", deep=True), run.read("data")
+    run.check_made_from(made, "data", data.digest)
+    base = Base.recorded(made.manifest["inputs"]["base"])
+    inputs = {"adapter": made.digest, "data": data.digest, "base": base.reference()}
+    if run.finished("evaluation", inputs):
+        return
+    with run.work() as scratch:
+        base.fetch()
+        inputs["base"] = base.identity()
+
+        from stages.lib.data.tokens import Tokens
+        from stages.lib.model import adapter, load, measure
+
+        adapter.check_base(made, base)
+        tokens = Tokens(base.folder)
+        stops = prepared.check_format(made.path, tokens)["stops"]
+        questions = prepared.prompts(data.path)[:evaluation_prompts]
+        if prompt:
+            own = conversation.render_prompt(conversation.ask(prompt))
+            questions = [{"question": prompt, "prompt": own, "reference": None}, *questions]
+        precision = made.setting("BASE_PRECISION")
+        tuned = adapter.load(load.load(base, precision), made.path, base)
+        held_out = prepared.Part(data.path / "held_out.arrow")
+        result = measure.compare(
+            tuned, tokens, precision, held_out, made.metrics["bin_tokens"], questions, stops, max_new_tokens
+        )
+        comparison.write(result, scratch)
+        metrics = {side: result[side] for side in ("base", "tuned")}
+        run.publish("evaluation", scratch, inputs, metrics, device=load.describe_device())
+    click.echo(comparison.table_of(result))

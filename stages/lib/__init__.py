@@ -1,0 +1,1 @@
+"""Nouns: what the stages work with, in rooms."""

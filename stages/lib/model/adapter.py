@@ -1,0 +1,170 @@
+"""The LoRA adapter, through peft: attached, loaded, saved, and checked to belong to its base."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.lib.model.base import Base
+from stages.lib.run import artifact
+from stages.lib.run.artifact import Artifact
+from stages.lib.run.exits import BadData, BadSetting, Diverged, Missing
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def attach(
+    model: Any, base: Base, rank: int, alpha: float, dropout: float, targets: tuple[str, ...], seed: int
+) -> Any:
+    """A fresh adapter on a frozen base, its A drawn from `seed`, its B zero.
+
+    Args:
+        targets: names of the linear modules, or `all-linear`.
+
+    Raises:
+        BadSetting: a target is no module of this base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, targets)
+    name, revision = base.adapter_name()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    tuned = get_peft_model(model, config)
+    _name_base(tuned, name, revision)
+    return tuned
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    for target in targets:
+        if target != "all-linear" and target not in linear:
+            known = ", ".join(sorted(linear))
+            raise BadSetting(f"LORA_TARGETS names {target}, which this base has not; it has {known}, or all-linear")
+
+
+def _name_base(tuned: Any, name: str, revision: str | None) -> None:
+    config = tuned.peft_config["default"]
+    config.base_model_name_or_path, config.revision = name, revision
+
+
+def load(model: Any, folder: Path, base: Base, trainable: bool = False) -> Any:
+    """An adapter's weights on its base, every tensor in its place.
+
+    Raises:
+        Missing: no adapter there. BadData: cut off, or made for a base of another shape.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise Missing(f"there is no adapter in {folder} ({CONFIG} and {WEIGHTS})")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        config = LoraConfig.from_pretrained(str(folder))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise BadData(f"the adapter in {folder} cannot be read ({error}); train it again") from error
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise BadData(f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}") from error
+    live = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
+    if live != saved:
+        odd = sorted(live.items() ^ saved.items())
+        raise BadData(f"the adapter in {folder} was made for another base: {odd[0][0]} does not match")
+    _name_base(tuned, *base.adapter_name())
+    return tuned
+
+
+def check_base(made: Artifact, base: Base) -> None:
+    """Refuse an adapter that was trained on another base than the one that was fetched.
+
+    Raises:
+        BadData: another name, commit or contents.
+    """
+    was, now = made.manifest["inputs"]["base"], base.identity()
+    if was != now:
+        key = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
+        raise BadData(
+            f"the adapter in {made.path} belongs to another base: {key} was {was.get(key)}, is now {now.get(key)}; "
+            "use the base that it was trained on, or train again"
+        )
+
+
+def warm_start(path: Path, base: Base, rank: int, alpha: float, targets: tuple[str, ...]) -> Path:
+    """The folder of the adapter that a run starts from, given itself or its run directory.
+
+    Raises:
+        Missing: no adapter there. BadSetting: its rank, alpha or targets differ. BadData: it has another base.
+    """
+    folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
+    if not (folder / CONFIG).is_file():
+        raise Missing(f"there is no adapter in {folder}, which INIT_ADAPTER names")
+    made = artifact.load(folder, deep=True)
+    if made:
+        check_base(made, base)
+    config = json.loads((folder / CONFIG).read_text())
+    modules = config.get("target_modules")
+    pairs = {"LORA_RANK": (config.get("r"), rank), "LORA_ALPHA": (config.get("lora_alpha"), alpha)}
+    if isinstance(modules, list) and targets != ("all-linear",):
+        pairs["LORA_TARGETS"] = (",".join(sorted(modules)), ",".join(sorted(targets)))
+    for name, (old, new) in pairs.items():
+        if old != new:
+            raise BadSetting(f"INIT_ADAPTER {folder} has {name}={old}, the settings say {new}; make them agree")
+    return folder
+
+
+def save(tuned: Any, folder: Path) -> None:
+    """Write the adapter as plain peft reads it, the same bytes for the same weights."""
+    # Without this argument peft may ask the hub for the base's config.
+    tuned.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / CONFIG
+    config = json.loads(path.read_text())
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)  # peft writes a set, in the order of the day's hashes
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def assemble(best: Path, last: Path, out: Path) -> None:
+    """The folder that users get: the best adapter, and the last one in `last/`."""
+    for source, target in ((best, out), (last, out / "last")):
+        target.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG):
+            shutil.copy(source / name, target)
+
+
+def trainable(tuned: Any) -> list[torch.nn.Parameter]:
+    """The adapter's parameters."""
+    return [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+
+
+def check_learned(tuned: Any) -> float:
+    """The norm of all B matrices; it is zero before the first step.
+
+    Raises:
+        Diverged: a weight is not finite.
+    """
+    squares = 0.0
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            if not bool(torch.isfinite(parameter).all()):
+                raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
+            if "lora_B" in name:
+                squares += float(parameter.detach().float().square().sum())
+    return float(squares**0.5)

@@ -1,0 +1,124 @@
+"""The base model as files: where it lies, what it is, and whether this product can use it. No torch here."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stages.lib.model import sample
+from stages.lib.run import hub
+from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
+
+BLOCKS, BLOCK = 64, 4096
+
+
+class Base:
+    """A base model by name.
+
+    Args:
+        name: `sample`, a folder, or a hub id. revision: commit, tag or branch of a hub id.
+    """
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.revision = name, revision
+        self.path = Path(name)
+        self.is_sample = name == sample.NAME
+        self.is_local = not self.is_sample and self.path.is_dir()
+        looks_local = self.path.is_absolute() or name.startswith(".") or len(self.path.parts) != 2
+        if looks_local and not (self.is_sample or self.is_local):
+            raise Missing(f"there is no base model at {self.path.absolute()}; name a folder or a hub id")
+
+    @classmethod
+    def recorded(cls, identity: dict[str, Any]) -> "Base":
+        """The base that an artifact was made with."""
+        return cls(identity["name"], identity["revision"])
+
+    def reference(self) -> dict[str, Any]:
+        """What identifies it without asking the hub or converting anything."""
+        if self.is_sample:
+            return {"name": self.name, "revision": sample.REVISION}
+        if self.is_local:
+            return {"name": self.name, "fingerprint": fingerprint(self.path)}
+        return {"name": self.name}
+
+    def fetch(self, weights: bool = True) -> Path:
+        """Bring it to local disk; the folder that holds it."""
+        if self.is_sample:
+            self.folder, self.commit = sample.folder(), sample.REVISION
+        elif self.is_local:
+            self.folder, self.commit = self.path.resolve(), None
+        else:
+            what = "model" if weights else "tokenizer"
+            self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
+        self._check(weights)
+        return self.folder
+
+    def identity(self) -> dict[str, Any]:
+        """What an artifact records of its base: name, commit, and for local files a fingerprint."""
+        local = self.is_sample or self.is_local
+        mark = {"fingerprint": fingerprint(self.folder)} if local else {}
+        return {"name": self.name, "revision": self.commit} | mark
+
+    def adapter_name(self) -> tuple[str, str | None]:
+        """Base and revision as an adapter's config names them: the hub id, or the resolved folder."""
+        if self.is_sample or self.is_local:
+            return str(self.folder), None
+        return self.name, self.commit
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The contents of `config.json`."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise Missing(f"{self.folder} has no config.json, so it is no transformers model")
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise BadData(f"{path} is not valid JSON; fetch the model again") from error
+
+    def _check(self, weights: bool) -> None:
+        if "auto_map" in self.config:
+            raise CannotRun(f"{self.name} needs code of its own, which is never run here; choose another base")
+        if self.config.get("is_encoder_decoder"):
+            raise CannotRun(f"{self.name} is an encoder-decoder; only causal language models can be tuned")
+        if weights and not any(self.folder.glob("*.safetensors")):
+            raise BadData(f"{self.folder} has no safetensors weights; convert them with save_pretrained")
+
+    def check_length(self, max_length: int) -> None:
+        """Refuse rows longer than the model's context."""
+        context = self.config.get("max_position_embeddings")
+        if context and max_length > context:
+            raise BadSetting(f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens")
+
+    def check_room(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse a prompt that leaves no room for its answer."""
+        context = self.config.get("max_position_embeddings")
+        if context and prompt_tokens + new_tokens > context:
+            raise BadSetting(
+                f"a prompt of {prompt_tokens} tokens and MAX_NEW_TOKENS {new_tokens} are over the context of "
+                f"{self.name}, {context} tokens; shorten one of them"
+            )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse a tokenizer that has ids beyond the model's embeddings."""
+        rows = self.config.get("vocab_size", size)
+        if size > rows:
+            raise BadData(f"the tokenizer of {self.name} has {size} tokens, its embeddings {rows} rows")
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes, small files whole and evenly spaced blocks of the large ones.
+
+    Cheap for 13 GB, and another fine-tune of the same shape has another.
+    """
+    hashed = hashlib.sha256()
+    kept = (".json", ".safetensors", ".model")
+    for path in sorted(p for p in folder.iterdir() if p.suffix in kept and p.is_file()):
+        size = path.stat().st_size
+        hashed.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for number in range(BLOCKS if size > BLOCKS * BLOCK else 1):
+                file.seek(number * (size - BLOCK) // (BLOCKS - 1) if size > BLOCKS * BLOCK else 0)
+                hashed.update(file.read(BLOCK if size > BLOCKS * BLOCK else -1))
+    return hashed.hexdigest()

@@ -1,0 +1,98 @@
+"""The base model in memory, in the precision that was asked for."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from stages.lib.model.base import Base
+from stages.lib.run.exits import BadData, CannotRun
+
+PRECISIONS = ("nf4", "int8", "bf16", "fp32")
+
+
+def device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def describe_device() -> dict[str, Any]:
+    """What the run was computed on, for a manifest."""
+    if device().type == "cpu":
+        return {"type": "cpu", "name": "cpu", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device())
+    return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}
+
+
+def peak_gpu_bytes() -> int | None:
+    """Most GPU memory that tensors held so far."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
+    """The base model, frozen.
+
+    Args:
+        base: fetched with its weights.
+        precision: `nf4` (4 bit, double quantised, bf16 compute), `int8`, `bf16` or `fp32`.
+        place: where; the GPU if there is one, unless told.
+
+    Raises:
+        CannotRun: the GPU lacks bf16. BadData: the weights do not fill the model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    place = place or device()
+    if place.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(place)[0] < 8:
+        raise CannotRun(
+            f"{torch.cuda.get_device_name(place)} has no bf16, which BASE_PRECISION={precision} computes in; "
+            "use an Ampere GPU or newer, or BASE_PRECISION=fp32"
+        )
+    model, report = AutoModelForCausalLM.from_pretrained(
+        base.folder,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        quantization_config=_quantisation(precision),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        device_map={"": place},
+        output_loading_info=True,
+    )
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise BadData(
+            f"the weights of {base.name} lack {len(absent)} tensors of its config, {absent[0]} first; fetch it again"
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False  # a cache would hide that rows are packed
+    return model.eval()
+
+
+def _quantisation(precision: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if precision == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if precision == "int8" else None
+
+
+def compute(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The autocast that a forward pass in this precision runs under; the adapter's masters stay fp32."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=precision != "fp32")
+
+
+def recompute(model: Any) -> None:
+    """Keep no activations between layers; the backward pass computes them again, to the same numbers."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # transformers before 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,64 @@
+"""Base against tuned, in one load: the adapter switched off and on."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from stages.lib.model.answer import answer
+from stages.lib.model.loss import Rows, held_out_bins, mean_nll
+from stages.lib.run.progress import Progress
+
+BATCH = 8
+
+
+def compare(
+    tuned: Any,
+    tokens: Any,
+    precision: str,
+    held_out: Rows,
+    capacity: int,
+    questions: Sequence[dict[str, Any]],
+    stops: Sequence[str],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Held-out loss and answers of both sides.
+
+    Args:
+        capacity: tokens of a forward pass. questions: with `question`, `prompt` (rendered) and `reference`.
+
+    Returns:
+        `base` and `tuned`, each with `loss` (nats a learned token), `perplexity`, `stop_rate` (share of answers
+        that ended by themselves) and `answer_tokens` (mean); `answers`, a question each with what both said.
+        Where there is nothing held out, the numbers are None.
+    """
+    bins = held_out_bins(held_out.lengths, capacity)
+    sides: dict[str, dict[str, Any]] = {}
+    answers = [{key: q[key] for key in ("question", "prompt", "reference")} for q in questions]
+    work = 2 * (int(held_out.lengths.sum()) + max_new_tokens * len(questions))
+    with Progress(work, "tokens") as progress:
+        for side in ("base", "tuned"):
+            with tuned.disable_adapter() if side == "base" else contextlib.nullcontext():
+                loss = None
+                if bins:
+                    rows = ([held_out[row] for row in b] for b in bins)
+                    loss = mean_nll(tuned, precision, rows, lambda n: progress.update(progress.done + n, side=side))
+                found = []
+                for first in range(0, len(questions), BATCH):
+                    ids = [tokens.encode_prompt(q["prompt"]) for q in questions[first : first + BATCH]]
+                    found += answer(tuned, tokens, precision, ids, stops, max_new_tokens)
+                    progress.update(progress.done + max_new_tokens * len(ids), side=side)
+            for entry, said in zip(answers, found, strict=True):
+                entry[side] = {"text": said.text, "tokens": said.tokens, "finish": said.finish}
+            sides[side] = {
+                "loss": loss,
+                "perplexity": None if loss is None else math.exp(loss),
+                "stop_rate": _mean([said.finish == "stop" for said in found]),
+                "answer_tokens": _mean([said.tokens for said in found]),
+            }
+    counts = {"held_out_rows": len(held_out), "held_out_tokens": int(held_out.trained.sum())}
+    return sides | counts | {"answers": answers}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,80 @@
+"""Which bin fits: probed once, before the first step, and recorded."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.lib.model import load
+from stages.lib.model.loss import lay_out, nll_sum
+from stages.lib.run.exits import BadSetting, OutOfMemory
+from stages.lib.run.progress import say
+
+CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end of one
+GPU_BIN = 16384
+
+
+def candidates(batch_tokens: int, longest: int, wanted: int | None, recompute: str) -> list[tuple[int, bool]]:
+    """(bin, recompute) from the fastest to the smallest.
+
+    Args:
+        batch_tokens: tokens of an optimizer step; a bin divides it. longest: tokens of the longest row.
+        wanted: the bin, if it was set. recompute: `auto`, `none` or `all`.
+
+    Raises:
+        BadSetting: no bin both divides a step and holds the longest row.
+    """
+    if longest > (wanted or batch_tokens):
+        name = "MICRO_BATCH_TOKENS" if wanted else "BATCH_TOKENS"
+        raise BadSetting(f"{name} {wanted or batch_tokens} is less than the longest row, {longest} tokens; raise it")
+    if wanted and batch_tokens % wanted:
+        raise BadSetting(f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {wanted}")
+    most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
+    divisors = [d for d in range(batch_tokens, longest - 1, -1) if batch_tokens % d == 0]
+    sizes: list[int] = []
+    for divisor in [wanted] if wanted else [d for d in divisors if d <= most] or divisors[-1:]:
+        if not sizes or divisor <= sizes[-1] / 2:  # a probe each, so not every divisor
+            sizes.append(divisor)
+    # Recomputing costs a third of the speed, a bin of 4k instead of 16k tokens hardly any.
+    quick = [(size, False) for size in sizes if size >= min(sizes[0], 4096)]
+    return {
+        "none": [(size, False) for size in sizes],
+        "all": [(size, True) for size in sizes],
+        "auto": [*quick, *((size, True) for size in sizes)],
+    }[recompute]
+
+
+def fit(tuned: Any, precision: str, choices: list[tuple[int, bool]]) -> tuple[int, bool]:
+    """The first choice whose full bin passes forward and backward on this GPU; on the CPU the first.
+
+    Raises:
+        OutOfMemory: none does.
+    """
+    for size, again in choices:
+        if again:
+            load.recompute(tuned)
+        if not torch.cuda.is_available() or _passes(tuned, precision, size):
+            return size, again
+        say(f"a bin of {size} tokens{' with recompute' if again else ''} does not fit this GPU")
+    raise OutOfMemory(
+        f"not even a bin of {size} tokens fits this GPU; choose BASE_PRECISION=nf4, RECOMPUTE=all, "
+        "or a smaller MAX_LENGTH and MICRO_BATCH_TOKENS"
+    )
+
+
+def _passes(tuned: Any, precision: str, size: int) -> bool:
+    ids = np.arange(size, dtype=np.int64) % tuned.config.vocab_size
+    batch = {name: t.to(load.device()) for name, t in lay_out([(ids, np.ones(size, bool))]).items()}
+    tuned.train()
+    try:
+        with load.compute(precision):
+            loss = nll_sum(tuned, batch)
+        loss.backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        tuned.zero_grad(set_to_none=True)
+        loss = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,290 @@
+"""The training loop: Hugging Face's Trainer, fed with bins, on losses averaged by learned tokens."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from stages.lib.model import adapter, load
+from stages.lib.model.loss import Rows, held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.run import preemption
+from stages.lib.run.exits import Diverged, TryAgain
+from stages.lib.run.progress import Progress
+
+EVALUATIONS = 4
+# All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
+EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
+FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
+
+
+class Plan(Protocol):
+    """The bins of a run, in order; see `stages.lib.data.bins.Schedule`."""
+
+    capacity: int
+    bins_per_step: int
+    bins_per_epoch: int
+    total_bins: int
+    filled: float
+
+    @property
+    def steps(self) -> int: ...
+    def rows(self, number: int) -> Any: ...
+    def step(self, number: int) -> range: ...
+
+
+class Bins(torch.utils.data.Dataset[dict[str, Any]]):
+    """The run's bins as batches; each knows its step, its place there, and the step's learned tokens."""
+
+    def __init__(self, plan: Plan, rows: Rows) -> None:
+        self.plan, self.rows = plan, rows
+        self._step_tokens: tuple[int, int] = (-1, 0)
+
+    def __len__(self) -> int:
+        return self.plan.total_bins
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        step, place = divmod(number, self.plan.bins_per_step)
+        batch: dict[str, Any] = dict(lay_out([self.rows[row] for row in self.plan.rows(number)]))
+        return batch | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
+
+    def _tokens(self, step: int) -> int:
+        if self._step_tokens[0] != step:
+            tokens = sum(int(self.rows.trained[self.plan.rows(b)].sum()) for b in self.plan.step(step))
+            self._step_tokens = (step, tokens)
+        return self._step_tokens[1]
+
+    def tokens(self, step: int) -> int:
+        """All tokens of a step."""
+        return sum(int(self.rows.lengths[self.plan.rows(b)].sum()) for b in self.plan.step(step))
+
+
+class LoraTrainer(Trainer):
+    """Trainer whose batches are bins, whose loss is exact under accumulation, and whose checkpoints are adapters."""
+
+    # The loss is divided by the whole step's learned tokens, so the loop must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: Any, arguments: TrainingArguments, bins: Bins, held_out: Rows, precision: str
+    ) -> None:
+        # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
+        super().__init__(model=model, args=arguments, compute_loss_func=nll_sum)
+        self.bins, self.held_out, self.precision = bins, held_out, precision
+
+    def get_train_dataloader(self) -> Any:
+        """The bins in their order; a batch is one bin."""
+        return torch.utils.data.DataLoader(self.bins, batch_size=1, collate_fn=lambda batch: batch[0])
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
+        """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
+        preemption.check()
+        entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        return nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
+
+    def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
+        """The held-out loss on the first held-out rows, without keeping logits."""
+        share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
+        limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
+        bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
+        loss = mean_nll(self.model, self.precision, ([self.held_out[r] for r in b] for b in bins))
+        self.log({"eval_loss": loss})
+        return {"eval_loss": loss}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only the adapter; Trainer's own way adds a pickle of the arguments, secrets and all."""
+        adapter.save(self.model, Path(str(output_dir)))
+
+
+def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> TrainingArguments:
+    """Trainer's arguments from our settings; saving, evaluating and reporting are the callback's."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=plan.bins_per_step,
+        num_train_epochs=1,  # of `Bins`, which holds the whole run
+        learning_rate=given["learning_rate"],
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(given["schedule"], given["schedule"]),
+        warmup_steps=math.ceil(given["warmup"] * plan.steps),
+        max_grad_norm=given["max_grad_norm"],
+        weight_decay=given["weight_decay"],
+        optim=given["optimizer"],
+        seed=given["seed"],
+        bf16=precision != "fp32",
+        use_cpu=load.device().type == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+class Conduct(TrainerCallback):
+    """Watches the loop: progress, evaluations, checkpoints, and gradients that must be finite."""
+
+    def __init__(
+        self, bins: Bins, evaluates: bool, saved: Callable[[Path, int, float | None], None], progress: Progress
+    ) -> None:
+        self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
+        # The last step and up to three before it, evenly.
+        self.evaluate_at = {-(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+        self.held_out_loss: dict[int, float] = {}
+        self.tokens, self.seconds = 0, 0.0
+        self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
+        self.step_began = time.monotonic()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_began = time.monotonic()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse the update when a gradient is not finite, so that the adapter stays as it was."""
+        gradients = [p.grad for p in adapter.trainable(kwargs["model"]) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            raise Diverged(
+                f"the gradient of step {state.global_step + 1} is not finite; lower LEARNING_RATE "
+                "(the checkpoint before it is kept)"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        self.tokens += self.bins.tokens(step - 1)
+        self.seconds += time.monotonic() - self.step_began
+        if step in self.evaluate_at:
+            control.should_evaluate = self.evaluates
+            control.should_save = True
+        elif time.monotonic() >= self.next_save:
+            control.should_save = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.held_out_loss[state.global_step] = logs["eval_loss"]
+            self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
+        elif "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise Diverged(f"the loss of step {state.global_step} is not finite; lower LEARNING_RATE")
+            self.progress.update(
+                state.global_step,
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        self.saved(Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step))
+        self.next_save = time.monotonic() + SAVE_SECONDS
+
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether a step was to be evaluated and was not: to go on from there would lose its measure."""
+        return self.evaluates and step in self.evaluate_at and step not in self.held_out_loss
+
+
+def train(
+    tuned: Any,
+    plan: Plan,
+    rows: Rows,
+    held_out: Rows,
+    precision: str,
+    scratch: Path,
+    recipe: dict[str, Any],
+    *,
+    resume: Path | None,
+    saved: Callable[[Path, int, float | None], None],
+) -> dict[str, Any]:
+    """Run all steps of a plan, from the beginning or from a checkpoint.
+
+    Args:
+        scratch: local folder for unfinished checkpoints.
+        recipe: seed, learning_rate, schedule, warmup, max_grad_norm, weight_decay, optimizer.
+        resume: a local copy of a checkpoint.
+        saved: told of every checkpoint: its folder, its step, and its held-out loss in nats, if measured.
+
+    Returns:
+        What this attempt measured: speed over its own steps.
+
+    Raises:
+        TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
+    """
+    if resume and _state(resume)["global_step"] >= plan.steps:
+        return {}  # Trainer would take one more step
+    bins = Bins(plan, rows)
+    trainer = LoraTrainer(tuned, arguments(scratch, plan, precision, **recipe), bins, held_out, precision)
+    trainer.remove_callback(PrinterCallback)
+    with Progress(plan.steps, "steps") as progress:
+        conduct = Conduct(bins, len(held_out) > 0, saved, progress)
+        trainer.add_callback(conduct)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except TryAgain:
+            step = trainer.state.global_step
+            if step and not conduct.owes_evaluation(step):
+                trainer._save_checkpoint(tuned, None)
+                conduct.on_save(trainer.args, trainer.state, trainer.control)
+            raise
+    return {
+        "tokens_per_second": round(conduct.tokens / max(conduct.seconds, 1e-9), 1),
+        "train_seconds": round(conduct.seconds, 3),
+    }
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / "trainer_state.json").read_text()))
+
+
+def summary(plan: Plan, rows: Rows, last: Path) -> dict[str, Any]:
+    """What a finished run did, by its plan and its last checkpoint; the losses are in nats a learned token."""
+    history = _history(_state(last)["log_history"])
+    used = [plan.rows(number) for number in range(plan.total_bins)]
+    return {
+        "steps": plan.steps,
+        "epochs": plan.total_bins / plan.bins_per_epoch,
+        "tokens": sum(int(rows.lengths[r].sum()) for r in used),
+        "trained_tokens": sum(int(rows.trained[r].sum()) for r in used),
+        "bins": plan.total_bins,
+        "bins_per_step": plan.bins_per_step,
+        "bins_filled": round(plan.filled, 4),
+        "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "history": history,
+    }
+
+
+def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps of a run from Trainer's log."""
+    names = {"loss": "loss", "eval_loss": "held_out_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+    found = []
+    for entry in log:
+        values = {new: entry[old] for old, new in names.items() if old in entry}
+        if "loss" in values or "held_out_loss" in values:
+            found.append({"step": entry["step"]} | values)
+    return found

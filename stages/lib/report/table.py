@@ -1,0 +1,45 @@
+"""Tables for a terminal or a log: plain text, at most 100 columns."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:
+    """A table as text; long cells are wrapped."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*headings, title=title or None, title_justify="left", box=SIMPLE_HEAD)
+    for row in rows:
+        drawn.add_row(*(Text(cell if isinstance(cell, str) else _number(cell)) for cell in row))
+    out = Console(file=io.StringIO(), width=100)
+    out.print(drawn)
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def account(metrics: dict[str, Any]) -> str:
+    """What became of the rows and tokens of a data set."""
+    rows: list[tuple[str, Any]] = [("rows read", metrics["rows_read"])]
+    rows += [(f"  dropped: {reason}", count) for reason, count in metrics["rows_dropped"].items()]
+    rows += [
+        ("rows kept", metrics["rows_kept"]),
+        ("  held out", metrics["rows_held_out"]),
+        ("  truncated", metrics["rows_truncated"]),
+        ("  ending in a trained EOS", metrics["rows_ending_in_trained_eos"]),
+        ("tokens", metrics["tokens"]),
+        ("  trained", metrics["trainable_tokens"]),
+        ("  lost to MAX_LENGTH", metrics["tokens_lost"]),
+        ("longest row, tokens", metrics["length_quantiles"]["1"]),
+        ("median row, tokens", metrics["length_quantiles"]["0.5"]),
+    ]
+    return table(("data", "count"), rows)

@@ -1,0 +1,1 @@
+"""Settings, artifacts, exit codes, progress and preemption."""

@@ -1,0 +1,174 @@
+"""Artifacts: folders that are whole or absent, with a manifest that says what made them.
+
+Libraries write to local scratch; `publish` copies each file in sequence into the run directory, hashing as it
+goes, and writes `manifest.json` last. No rename is needed, so it holds on ext4, NFS, Lustre and object-store
+mounts alike. A folder without a valid manifest is debris.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stages.lib.run.exits import BadData, from_os_error
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the names, sizes and hashes of the files: the identity of the contents."""
+        return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage measured."""
+        return dict(self.manifest["metrics"])
+
+    def setting(self, variable: str) -> Any:
+        """The value that a setting had when this was made."""
+        return self.manifest["settings"][variable]["value"]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write below `path` into the sentence and exit code that it deserves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        known = from_os_error(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
+    """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
+
+    Raises:
+        CannotWrite: the disk is full or `target` cannot be written; what was begun is left without a manifest.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    with writing(target):
+        retire(target)
+        target.mkdir(parents=True, exist_ok=True)
+        entries = {}
+        for path in files:
+            name = path.relative_to(source).as_posix()
+            entries[name] = _copy(path, target / name)
+        whole = {"schema": SCHEMA} | manifest | {"files": entries}
+        _write(target / MANIFEST, json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n")
+        _flush_folder(target)
+    return Artifact(target, whole)
+
+
+def retire(target: Path) -> None:
+    """Remove an artifact: its manifest first, so that what remains half-way is debris."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+
+
+def _mode() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hashed, size = hashlib.sha256(), 0
+    with source.open("rb") as read, target.open("xb") as write:
+        while block := read.read(BLOCK):
+            write.write(block)
+            hashed.update(block)
+            size += len(block)
+        _flush(write)
+    _set_mode(target)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
+
+
+def _write(target: Path, content: bytes) -> None:
+    with target.open("xb") as write:
+        write.write(content)
+        _flush(write)
+    _set_mode(target)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    with contextlib.suppress(OSError):  # some mounts know no fsync; close is then what they promise
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _set_mode(path: Path) -> None:
+    # safetensors creates 0600; the next stage may run under another UID.
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        path.chmod(_mode())
+
+
+def load(folder: Path, deep: bool = False) -> Artifact | None:
+    """The artifact in `folder`, or None where there is none; `deep` hashes every file again.
+
+    Raises:
+        BadData: a file is missing, has another size or hash, or a name leaves the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = dict(manifest["files"])
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError):
+        return None  # cut off while it was written: debris
+    if schema != SCHEMA:
+        raise BadData(f"{path} has schema {schema}, this version reads {SCHEMA}; run its stage again with --force")
+    for name, entry in files.items():
+        _check(folder, name, entry, deep)
+    return Artifact(folder, manifest)
+
+
+def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or (folder / name).is_symlink():
+        raise BadData(f"{folder / MANIFEST} names {name!r}, which leaves the artifact")
+    path = folder / name
+    remedy = "run the stage that makes it again with --force"
+    if not path.is_file():
+        raise BadData(f"{path} is missing from its artifact; {remedy}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BadData(f"{path} has {size} bytes, its manifest says {entry['bytes']}: it is corrupt; {remedy}")
+    if deep and sha256(path) != entry["sha256"]:
+        raise BadData(f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}")
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,100 @@
+"""Checkpoints of a run: written once, verified, kept by step number and never by file time."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.lib.run import artifact
+from stages.lib.run.artifact import Artifact
+from stages.lib.run.exits import BadData
+from stages.lib.run.progress import say
+from stages.lib.run.rundir import Run
+
+KEEP = 2
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    found = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
+def verified(run_dir: Path, deep: bool = True) -> list[Artifact]:
+    """The whole checkpoints of a run, oldest first; what is not whole is named and passed over."""
+    found = []
+    for _, path in _steps(run_dir / "checkpoints"):
+        try:
+            checkpoint = artifact.load(path, deep=deep)
+        except BadData as error:
+            say(f"passing over a corrupt checkpoint: {error.message}")
+            continue
+        if checkpoint is None:
+            say(f"passing over {path}: it was cut off while it was written")
+        else:
+            found.append(checkpoint)
+    return found
+
+
+def step(checkpoint: Artifact) -> int:
+    """The optimizer steps behind a checkpoint."""
+    return int(checkpoint.metrics["step"])
+
+
+def best(run_dir: Path) -> Artifact | None:
+    """The one with the least held-out loss, the earliest among equals; None where none was measured."""
+    measured = [c for c in verified(run_dir, deep=False) if c.metrics["held_out_loss"] is not None]
+    return min(measured, key=lambda c: (c.metrics["held_out_loss"], step(c)), default=None)
+
+
+def prune(run_dir: Path, keep: Artifact) -> None:
+    """Remove all but the newest two and the best, once `keep`, the newest, is verified."""
+    if artifact.load(keep.path, deep=True) is None:
+        return
+    whole = verified(run_dir, deep=False)
+    kept = {c.path for c in [*whole[-KEEP:], *filter(None, [best(run_dir)])]}
+    for _, path in _steps(run_dir / "checkpoints"):
+        if path not in kept and path != keep.path:
+            artifact.retire(path)
+
+
+def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
+    """The checkpoint to go on from; with --force, or where there is none, None.
+
+    Raises:
+        CannotRun: the checkpoints belong to other settings or inputs.
+    """
+    if run.force:
+        for _, path in _steps(run.folder / "checkpoints"):
+            artifact.retire(path)
+        return None
+    whole = verified(run.folder)
+    if not whole:
+        return None
+    changed = run.differences(whole[-1], inputs)
+    if changed:
+        raise run.belongs_to_others(whole[-1].path, changed)
+    say(f"going on from step {step(whole[-1])}")
+    return whole[-1]
+
+
+def bring(checkpoint: Artifact, scratch: Path) -> Path:
+    """A checkpoint as local files."""
+    return Path(shutil.copytree(checkpoint.path, scratch / f"resumed-{step(checkpoint)}"))
+
+
+def save(
+    run: Run,
+    source: Path,
+    number: int,
+    held_out_loss: float | None,
+    inputs: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    """Publish what lies in `source` as the checkpoint after `number` steps, then drop what it makes needless.
+
+    `facts` are what the rest of the run must keep: the size of its bins, and whether it recomputes.
+    """
+    name = f"checkpoints/step-{number:08d}"
+    if artifact.load(run.folder / name) is None:  # write-once
+        made = run.publish(name, source, inputs, {"step": number, "held_out_loss": held_out_loss} | facts)
+        prune(run.folder, made)
+    shutil.rmtree(source)

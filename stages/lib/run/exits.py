@@ -1,0 +1,168 @@
+"""Exit codes and the one place that turns an error into one.
+
+A user's mistake is a `StageError`: one sentence that names the value, the rule and the remedy. Everything
+that nobody foresaw keeps its traceback and exits 70. Both leave `error.json` in the run directory.
+"""
+
+import errno
+import json
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import click
+
+
+class StageError(click.ClickException):
+    """An end that has a code of its own. `slug` names it for programs."""
+
+    exit_code = 70
+    slug = "fault"
+
+
+class BadSetting(StageError):
+    """A flag, setting or preset is wrong."""
+
+    exit_code, slug = 2, "usage"
+
+
+class BadData(StageError):
+    """Rows, files, or an artifact that is corrupt or belongs to something else."""
+
+    exit_code, slug = 65, "bad-data"
+
+
+class Missing(StageError):
+    """An input is not there."""
+
+    exit_code, slug = 66, "missing-input"
+
+
+class CannotWrite(StageError):
+    """The disk is full, or the run directory cannot be written."""
+
+    exit_code, slug = 73, "cannot-write"
+
+
+class TryAgain(StageError):
+    """Stopped with the state safe, or a hiccup outside: the same command goes on."""
+
+    exit_code, slug = 75, "try-again"
+
+
+class NoPermission(StageError):
+    """A gated model, or a missing or wrong token."""
+
+    exit_code, slug = 77, "no-permission"
+
+
+class CannotRun(StageError):
+    """This machine cannot run it, or the run directory belongs to other settings."""
+
+    exit_code, slug = 78, "cannot-run"
+
+
+class Diverged(StageError):
+    """The loss or a gradient is not finite."""
+
+    exit_code, slug = 80, "diverged"
+
+
+class OutOfMemory(StageError):
+    """The GPU's memory is too small even for the smallest setting."""
+
+    exit_code, slug = 81, "out-of-memory"
+
+
+class GateFailed(StageError):
+    """A result is not what it must be, so it was not published."""
+
+    exit_code, slug = 82, "gate-failed"
+
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+HICCUP = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def from_os_error(error: OSError) -> StageError | None:
+    """The stage error that a file-system error amounts to, or None where it is our own fault."""
+    where = error.filename or "a file"
+    if error.errno in CANNOT_WRITE:
+        return CannotWrite(
+            f"cannot write {where}: {error.strerror}; free some space or choose another RUN_DIR or SCRATCH_DIR"
+        )
+    if error.errno in HICCUP:
+        return TryAgain(f"the volume failed at {where}: {error.strerror}; the same command goes on")
+    return None
+
+
+class Reported:
+    """Context manager round the whole program: what leaves it becomes an exit code and `error.json`.
+
+    The running command fills in `stage` and `run_dir`, so that a failure is recorded beside its run.
+    """
+
+    stage: str | None = None
+    run_dir: Path | None = None
+
+    def __enter__(self) -> "Reported":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, click.exceptions.Exit):
+            sys.exit(error.exit_code)
+        if isinstance(error, SystemExit):
+            return False
+        known = self.classify(error)
+        if known is None:
+            traceback.print_exception(error)
+        elif isinstance(known, StageError):
+            self._say(known)
+        else:
+            known.show()
+        self._record(known, error)
+        sys.exit(70 if known is None else known.exit_code)
+
+    @staticmethod
+    def classify(error: BaseException) -> click.ClickException | None:
+        """The error with an exit code that `error` stands for, or None where it is our own fault."""
+        if isinstance(error, click.ClickException):
+            return error
+        if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
+            return TryAgain("stopped from the keyboard; the same command goes on")
+        if isinstance(error, OSError):
+            return from_os_error(error)
+        # By name, so that a run that never needed torch does not import it here.
+        if type(error).__name__ == "OutOfMemoryError":
+            return OutOfMemory(
+                f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
+                "or choose BASE_PRECISION=nf4"
+            )
+        return None
+
+    def _say(self, error: StageError) -> None:
+        prefix = f"{self.stage}: " if self.stage else ""
+        click.echo(f"{prefix}{error.format_message()} [exit {error.exit_code}]", err=True)
+
+    def _record(self, known: click.ClickException | None, error: BaseException) -> None:
+        if self.run_dir is None or not self.run_dir.is_dir():
+            return
+        message = known.format_message() if known else f"{type(error).__name__}: {error}"
+        record = {
+            "stage": self.stage,
+            "exit": 70 if known is None else known.exit_code,
+            "code": getattr(known, "slug", "usage" if known else "fault"),
+            "message": message,
+        }
+        try:
+            (self.run_dir / "error.json").write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as cause:  # the volume may be the very thing that failed
+            click.echo(f"error.json could not be written: {cause}", err=True)

@@ -1,0 +1,199 @@
+"""A run directory as one stage sees it: what it reads, whether it is done, what it publishes."""
+
+import contextlib
+import importlib.metadata
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages import __version__
+from stages.lib.run import artifact, lease, settings
+from stages.lib.run.artifact import Artifact
+from stages.lib.run.exits import BadSetting, CannotRun, Missing
+from stages.lib.run.progress import say
+
+MADE_BY = {
+    "data": "prepare-data",
+    "adapter": "train",
+    "evaluation": "evaluate",
+    "generations": "generate",
+    "merged": "merge",
+}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+run_dir_option = settings.setting(
+    "--run-dir", "RUN_DIR", type=click.Path(path_type=Path, file_okay=False), identity=False,
+    default=Path("runs/default"), help="Folder of the run: its artifacts and checkpoints.",
+)  # fmt: skip
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every stage has."""
+    flag: dict[str, Any] = {"is_flag": True, "identity": False}
+    for decorate in (
+        settings.setting("--verify", "VERIFY", help="Hash every input and finished file again.", **flag),
+        settings.setting("--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", **flag),
+        settings.setting("--force", "FORCE", help="Redo a finished stage.", **flag),
+        run_dir_option,
+    ):
+        command = decorate(command)
+    return command
+
+
+class Run:
+    """The run directory of one command."""
+
+    def __init__(self, ctx: click.Context) -> None:
+        self.ctx = ctx
+        self.stage = str(ctx.info_name)
+        self.folder: Path = ctx.params["run_dir"]
+        self.force: bool = ctx.params["force"]
+        self.allow_stale: bool = ctx.params["allow_stale"]
+        self.deep: bool = ctx.params["verify"]
+        self.settings = settings.recorded(ctx)
+        self.started = time.monotonic()
+        with artifact.writing(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise BadSetting(f"RUN_DIR {self.folder} goes through a file; choose another") from error
+            (self.folder / "error.json").unlink(missing_ok=True)
+
+    def read(self, name: str, folder: Path | None = None, deep: bool = False) -> Artifact:
+        """A verified input of this run; its settings must be those that the preset and environment say now.
+
+        Raises:
+            Missing: its stage has not finished. BadData: it is corrupt. CannotRun: it is stale.
+        """
+        folder = folder or self.folder / name
+        found = artifact.load(folder, deep=deep or self.deep)
+        if found is None:
+            raise Missing(f"there is no finished {name} in {self.folder}; run `{MADE_BY[name]}` first")
+        changed = []
+        for variable, entry in found.manifest["settings"].items():
+            now = settings.expected(self.ctx, variable, entry["from"])
+            if now is not None and now != entry["value"]:
+                changed.append(f"{variable} was {entry['value']}, is now {now}")
+        self._refuse_stale(folder, name, changed)
+        return found
+
+    def check_made_from(self, made: Artifact, name: str, digest: str) -> None:
+        """Refuse an artifact whose input `name` had other contents than the run holds now."""
+        recorded = made.manifest["inputs"].get(name)
+        if recorded not in (None, digest):
+            self._refuse_stale(
+                made.path, made.path.name, [f"{name} was {str(recorded)[:12]}, is now {digest[:12]}"]
+            )
+
+    def _refuse_stale(self, folder: Path, name: str, changed: list[str]) -> None:
+        if changed and self.allow_stale:
+            say(f"using {folder} although it is stale: {'; '.join(changed)}")
+        elif changed:
+            raise CannotRun(
+                f"{folder} is stale: {'; '.join(changed)}; run `{MADE_BY.get(name, 'its stage')}` again, "
+                "or accept it with --allow-stale"
+            )
+
+    def finished(self, name: str, inputs: dict[str, Any], replace: bool = True) -> Artifact | None:
+        """The artifact that this command would make again, if nothing changed; says so either way.
+
+        Args:
+            inputs: may leave out what is dear to learn, such as the commit that a branch stands at.
+            replace: whether one that was made otherwise may be made anew without --force.
+
+        Raises:
+            CannotRun: it was made otherwise, and is too dear to replace unasked.
+        """
+        if self.force:
+            return None
+        found = artifact.load(self.folder / name, deep=self.deep)
+        if found is None:
+            return None
+        changed = self.differences(found, inputs)
+        if changed and not replace:
+            raise self.belongs_to_others(self.folder / name, changed)
+        if changed:
+            say(f"{self.folder / name} was made otherwise ({'; '.join(changed)}): making it anew")
+            return None
+        say(f"{self.folder / name} is finished and nothing changed; --force makes it again")
+        return found
+
+    def previous_inputs(self, name: str) -> dict[str, Any]:
+        """The inputs of an artifact that is there already, so that a hash need not be taken twice."""
+        path = self.folder / name / artifact.MANIFEST
+        if not path.is_file():
+            return {}
+        found = artifact.load(self.folder / name)
+        return dict(found.manifest["inputs"]) if found else {}
+
+    def differences(self, made: Artifact, inputs: dict[str, Any]) -> list[str]:
+        """What has changed since an artifact was made by this command, setting by setting."""
+        changed = []
+        for variable in sorted(self.settings.keys() | made.manifest["settings"].keys()):
+            old = made.manifest["settings"].get(variable, {}).get("value")
+            new = self.settings.get(variable, {}).get("value")
+            if old != new:
+                changed.append(f"{variable} was {old}, is now {new}")
+        for name, new in inputs.items():
+            old = made.manifest["inputs"].get(name)
+            if isinstance(new, dict) and isinstance(old, dict):
+                old = {key: old.get(key) for key in new}
+            if old != new:
+                changed.append(f"input {name} is another")
+        return changed
+
+    def belongs_to_others(self, path: Path, changed: list[str]) -> CannotRun:
+        """The refusal to write over another run's work."""
+        return CannotRun(
+            f"{path} belongs to other settings: {'; '.join(changed)}; choose another RUN_DIR, or --force to replace it"
+        )
+
+    def publish(
+        self,
+        name: str,
+        source: Path,
+        inputs: dict[str, Any],
+        metrics: dict[str, Any],
+        **facts: Any,
+    ) -> Artifact:
+        """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
+        manifest = {
+            "stage": self.stage,
+            "inputs": inputs,
+            "settings": self.settings,
+            "metrics": metrics,
+            "versions": versions(),
+            "wall_seconds": round(time.monotonic() - self.started, 3),
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        } | facts
+        return artifact.publish(source, self.folder / name, manifest)
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[Path]:
+        """Hold the run directory, with a scratch folder that goes away at the end."""
+        with lease.held(self.folder):
+            parent = settings.scratch_parent()
+            with artifact.writing(parent):
+                parent.mkdir(parents=True, exist_ok=True)
+                scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
+            with scratch as folder:
+                yield Path(folder)
+
+
+def versions() -> dict[str, str]:
+    """The versions that shaped a result."""
+    found = {"lora-stages": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if "torch" in sys.modules:
+        found["torch"] = sys.modules["torch"].__version__  # with its build, +cpu or +cu130
+    return found

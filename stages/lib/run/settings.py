@@ -1,0 +1,282 @@
+"""Settings: each is one click option with an environment name. Nothing else reads the environment.
+
+Precedence: flag > environment > preset (`--env-file FILE`, read with python-dotenv) > default.
+"""
+
+import difflib
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib.run import preemption, progress
+from stages.lib.run.exits import BadSetting
+
+SECRETS = ("HF_TOKEN",)
+ORIGINS = {
+    click.ParameterSource.COMMANDLINE: "flag",
+    click.ParameterSource.ENVIRONMENT: "environment",
+    click.ParameterSource.DEFAULT_MAP: "preset",
+    click.ParameterSource.DEFAULT: "default",
+}
+
+
+class Number(click.ParamType):
+    """A finite number within bounds; click's own ranges let NaN through."""
+
+    def __init__(
+        self, kind: type = float, low: float = -math.inf, high: float = math.inf, above: float | None = None
+    ) -> None:
+        self.kind, self.low, self.high, self.above = kind, low, high, above
+        self.name = "integer" if kind is int else "number"
+
+    def rule(self) -> str:
+        """The bounds in words."""
+        words = [f"above {self.above:g}"] if self.above is not None else []
+        words += [f"at least {self.low:g}"] if self.low > -math.inf else []
+        words += [f"at most {self.high:g}"] if self.high < math.inf else []
+        return " and ".join(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` as a number, or click's usage error."""
+        try:
+            number = self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is not {'an' if self.kind is int else 'a'} {self.name}.", param, ctx)
+        bad = not math.isfinite(number) or number < self.low or number > self.high
+        if bad or (self.above is not None and number <= self.above):
+            self.fail(f"{value!r} is not a finite {self.name} {self.rule()}.", param, ctx)
+        return number
+
+
+class Names(click.ParamType):
+    """Names with commas between them, as a tuple without repeats."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """`value` as a tuple, or click's usage error."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name; write names with commas between them.", param, ctx)
+        return names
+
+
+class Setting(click.Option):
+    """A click option that is part of what a run is.
+
+    `identity` is False for what does not change the artifact: where it goes, whether to redo it.
+    """
+
+    def __init__(self, *args: Any, identity: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.identity = identity
+
+    @property
+    def variable(self) -> str:
+        """The environment name."""
+        return str(self.envvar)
+
+
+def setting(flag: str, variable: str, **kwargs: Any) -> Any:
+    """Declare a setting: its flag, environment name, default, type and help."""
+    return click.option(
+        flag,
+        cls=Setting,
+        envvar=variable,
+        show_envvar=True,
+        show_default=kwargs.get("default") is not None,
+        **kwargs,
+    )
+
+
+class Stage(click.Command):
+    """A command that says which settings override its preset, and then runs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Announce, prepare the process, run."""
+        outcome = ctx.obj
+        outcome.stage = ctx.info_name
+        outcome.run_dir = ctx.params.get("run_dir")
+        preemption.listen()
+        _quiet_libraries()
+        progress.start(str(ctx.info_name))
+        progress.say(announcement(ctx))
+        return super().invoke(ctx)
+
+
+class Stages(click.Group):
+    """All commands, and the preset that they share."""
+
+    command_class = Stage
+
+    def declared(self) -> dict[str, list[tuple[str, Setting]]]:
+        """Environment name -> the (command, option) pairs that declare it."""
+        found: dict[str, list[tuple[str, Setting]]] = {}
+        for name, command in self.commands.items():
+            for option in command.params:
+                if isinstance(option, Setting):
+                    found.setdefault(option.variable, []).append((name, option))
+        return found
+
+    def names(self) -> str:
+        """Every environment name that a container is to be given, one a line."""
+        others = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "SCRATCH_DIR", "CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
+        return "\n".join(sorted({*self.declared(), *others})) + "\n"
+
+    def use_preset(self, ctx: click.Context, path: Path) -> None:
+        """Make a preset's values the defaults of the commands that declare them."""
+        values = read_preset(path, self.declared())
+        defaults: dict[str, dict[str, str]] = {name: {} for name in self.commands}
+        for variable, value in values.items():
+            for name, option in self.declared()[variable]:
+                defaults[name][str(option.name)] = value
+        ctx.default_map = defaults
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest known name, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
+    """The keys and values of a preset file; every key must be a declared setting."""
+    from dotenv import dotenv_values
+
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        near = did_you_mean(path.name, [file.name for file in folder.glob("*.env")])
+        raise BadSetting(f"there is no preset {path}.{near}")
+    values: dict[str, str] = {}
+    for key, value in dotenv_values(path, interpolate=False).items():
+        if key in SECRETS:
+            raise BadSetting(f"{path} holds {key}: secrets belong in the environment or env/secrets.env")
+        if key not in declared:
+            raise BadSetting(f"{path} sets {key}, which is no setting.{did_you_mean(key, declared)}")
+        if value is None:
+            raise BadSetting(f"{path} has a line {key!r} without a value: write {key}=VALUE")
+        if value:
+            values[key] = value
+    return values
+
+
+def check_make_overrides(declared: Iterable[str]) -> None:
+    """Refuse `make train LEARNIN_RATE=1`, which make itself would pass on without a word."""
+    known = {*declared, *SECRETS, "PRESET", "RUNNER", "DATA_DIR", "IMAGE", "NUM_GPUS", "PYTHON", "CACHE_DIR"}
+    _, _, overrides = f" {os.environ.get('MAKEFLAGS', '')} ".partition(" -- ")
+    for word in overrides.split():
+        name, equals, _ = word.partition("=")
+        # A value with spaces is split here too; its later words hold no name in capitals.
+        if equals and name.replace("_", "").isalpha() and name.isupper() and name not in known:
+            raise BadSetting(f"make was given {name}, which is no setting.{did_you_mean(name, known)}")
+
+
+def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
+    """Every setting that shapes the artifact: environment name -> value and origin."""
+    found = {}
+    for option in ctx.command.params:
+        if isinstance(option, Setting) and option.identity:
+            source = ctx.get_parameter_source(str(option.name))
+            value = ctx.params[str(option.name)]
+            found[option.variable] = {
+                "value": _plain(value),
+                "from": ORIGINS.get(source, "default") if source else "default",
+            }
+    return dict(sorted(found.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def expected(ctx: click.Context, variable: str, recorded_from: str) -> Any:
+    """What is now said of a setting that an input was made with, or None where nothing was.
+
+    A flag was meant for that one command, and so was an environment variable that has gone since.
+    """
+    root = ctx.find_root()
+    assert isinstance(root.command, Stages)
+    for name, option in root.command.declared().get(variable, []):
+        said = os.environ.get(variable)
+        if not said and recorded_from in ("preset", "default"):
+            said = (root.default_map or {}).get(name, {}).get(option.name)
+        if said and recorded_from != "flag":
+            return _plain(option.type_cast_value(ctx, said))
+    return None
+
+
+def announcement(ctx: click.Context) -> str:
+    """One line: the preset, and what overrides it from where."""
+    root = ctx.find_root()
+    path = root.params.get("env_file")
+    words = [f"preset {path}" if path else "no preset"]
+    for option in ctx.command.params:
+        if isinstance(option, Setting):
+            source = ctx.get_parameter_source(str(option.name))
+            if source in (click.ParameterSource.COMMANDLINE, click.ParameterSource.ENVIRONMENT):
+                value = str(ctx.params[str(option.name)])
+                value = value if len(value) <= 60 else value[:57] + "..."
+                words.append(f"{option.variable}={value!r} from the {ORIGINS[source]}")
+    return "; ".join(words)
+
+
+def load_secrets(folder: Path) -> None:
+    """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
+    from dotenv import dotenv_values
+
+    path = folder / "secrets.env"
+    if path.is_file():
+        for key, value in dotenv_values(path, interpolate=False).items():
+            if value and not os.environ.get(key):
+                os.environ[key] = value
+    for key in SECRETS:
+        if os.environ.get(key) == "":  # empty means unset
+            del os.environ[key]
+
+
+def has_token() -> bool:
+    """Whether a Hugging Face token was given."""
+    return bool(os.environ.get("HF_TOKEN"))
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for this product."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
+
+
+def scratch_parent() -> Path:
+    """The local folder that holds unfinished work."""
+    return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice out of a log that programs read."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a kernel that nobody asked for
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

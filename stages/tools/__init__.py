@@ -1,0 +1,1 @@
+"""Commands around the stages, in the same form."""

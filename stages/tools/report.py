@@ -1,0 +1,43 @@
+"""report: what a run came to, in a small table.
+
+Reads the manifests of a run directory and its `evaluation/`. Writes nothing.
+"""
+
+import json
+from typing import Any
+
+import click
+
+from stages.lib.run.artifact import load
+from stages.lib.run.exits import Missing
+from stages.lib.run.rundir import MADE_BY, run_dir_option
+from stages.lib.run.settings import Stage
+
+
+@click.command("report", cls=Stage)
+@run_dir_option
+@click.pass_context
+def report(ctx: click.Context, run_dir: Any) -> None:
+    """Print what a run came to."""
+    from stages.lib.report.table import table
+
+    found = {name: made for name in MADE_BY if (made := load(run_dir / name))}
+    if not found:
+        raise Missing(f"there is no finished artifact in {run_dir}; run `prepare-data` first")
+    if "evaluation" in found:
+        result = json.loads((found["evaluation"].path / "evaluation.json").read_text())
+        base, tuned = result["base"], result["tuned"]
+        rows = []
+        if base["loss"] is not None:
+            rows.append(("held-out loss, nats a token", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}"))
+        if base["stop_rate"] is not None:
+            rows.append(("answers that stop by themselves", f"{base['stop_rate']:.0%}", f"{tuned['stop_rate']:.0%}"))
+        for entry in result["answers"][:1]:
+            rows.append((entry["question"], entry["base"]["text"], entry["tuned"]["text"]))
+        click.echo(table(("", "before", "after"), rows))
+    rows = [(name, str(made.path), _size(made.manifest)) for name, made in found.items()]
+    click.echo(table(("artifact", "folder", "size"), rows))
+
+
+def _size(manifest: dict[str, Any]) -> str:
+    return f"{sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:,.1f} MB"
