@@ -12,7 +12,9 @@ from stages.lib.run.exits import Reported
 @click.group(cls=settings.Stages)
 @click.version_option(__version__, prog_name="lora-stages")
 @click.option(
-    "--env-file", type=click.Path(path_type=Path), help="Preset: a file of NAME=value lines, such as env/sample.env."
+    "--env-file",
+    type=click.Path(path_type=Path),
+    help="Preset: a file of NAME=value lines, such as env/sample.env.",
 )
 @click.pass_context
 def stages(ctx: click.Context, env_file: Path | None) -> None:

@@ -8,7 +8,8 @@ import click
 
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
-from stages.lib.run.settings import Number, Stage, setting
+from stages.lib.run.settings import Stage, setting
+from stages.lib.run.values import Number
 
 
 @click.command("evaluate", cls=Stage)
@@ -21,7 +22,12 @@ from stages.lib.run.settings import Number, Stage, setting
 @run_options
 @click.pass_context
 def evaluate(
-    ctx: click.Context, prompt: str | None, evaluation_prompts: int, max_new_tokens: int, **run_settings: object
+    ctx: click.Context,
+    /,
+    prompt: str | None,
+    evaluation_prompts: int,
+    max_new_tokens: int,
+    **run_settings: object,
 ) -> None:
     """Compare base and tuned model on held-out data."""
     from stages.lib.data import conversation, prepared
@@ -53,7 +59,14 @@ def evaluate(
         tuned = adapter.load(load.load(base, precision), made.path, base)
         held_out = prepared.Part(data.path / "held_out.arrow")
         result = measure.compare(
-            tuned, tokens, precision, held_out, made.metrics["bin_tokens"], questions, stops, max_new_tokens
+            tuned,
+            tokens,
+            precision,
+            held_out,
+            made.metrics["bin_tokens"],
+            questions,
+            stops,
+            max_new_tokens,
         )
         comparison.write(result, scratch)
         metrics = {side: result[side] for side in ("base", "tuned")}

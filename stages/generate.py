@@ -11,23 +11,32 @@ import click
 
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
-from stages.lib.run.settings import Number, Stage, setting
+from stages.lib.run.settings import Stage, setting
+from stages.lib.run.values import Number
 
 
 @click.command("generate", cls=Stage)
-@setting("--prompt", "PROMPT", help="One prompt; without it and a file, standard input is the prompt.")
+@setting(
+    "--prompt", "PROMPT", help="One prompt; without it and a file, standard input is the prompt."
+)
 @setting(
     "--prompts-file", "PROMPTS_FILE", type=click.Path(path_type=Path),
     help="Prompts: one a line, or a .jsonl file with a `prompt` column.",
 )  # fmt: skip
 @setting("--system", "SYSTEM", help="What stands before the conversation.")
-@setting("--batch-prompts", "BATCH_PROMPTS", type=Number(int, low=1), default=8, help="Prompts of a file at a time.")
+@setting(
+    "--batch-prompts",
+    "BATCH_PROMPTS",
+    type=Number(int, low=1),
+    default=8,
+    help="Prompts of a file at a time.",
+)
 @options.max_new_tokens(256)
 @run_options
 @click.pass_context
 def generate(
-    ctx: click.Context, prompt: str | None, prompts_file: Path | None, system: str | None, batch_prompts: int,
-    max_new_tokens: int, **run_settings: object,
+    ctx: click.Context, /, prompt: str | None, prompts_file: Path | None, system: str | None,
+    batch_prompts: int, max_new_tokens: int, **run_settings: object,
 ) -> None:  # fmt: skip
     """Answer prompts with the tuned model."""
     from stages.lib.data import conversation, prepared, prompts
@@ -59,7 +68,9 @@ def generate(
         click.echo("" if write else found[0].text)
         return
     with run.work() as scratch:
-        answers = answer.in_batches(tuned, tokens, precision, ids, stops, max_new_tokens, batch_prompts)
+        answers = answer.in_batches(
+            tuned, tokens, precision, ids, stops, max_new_tokens, batch_prompts
+        )
         metrics = prompts.write(scratch, asked, answers)
         run.publish("generations", scratch, inputs, metrics, device=load.describe_device())
     click.echo(str(run.folder / "generations" / prompts.FILE))

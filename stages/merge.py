@@ -13,7 +13,7 @@ from stages.lib.run.settings import Stage
 @click.command("merge", cls=Stage)
 @run_options
 @click.pass_context
-def merge(ctx: click.Context, **run_settings: object) -> None:
+def merge(ctx: click.Context, /, **run_settings: object) -> None:
     """Fold the adapter into its base and prove that nothing changed."""
     from stages.lib.model.base import Base
     from stages.lib.report.table import table

@@ -9,7 +9,8 @@ import click
 
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
-from stages.lib.run.settings import Number, Stage, setting
+from stages.lib.run.settings import Stage, setting
+from stages.lib.run.values import Number
 
 
 @click.command("prepare-data", cls=Stage)
@@ -17,9 +18,18 @@ from stages.lib.run.settings import Number, Stage, setting
 @setting("--dataset-revision", "DATASET_REVISION", help="Commit, tag or branch of a hub data set.")
 @options.base_model
 @options.base_revision
-@setting("--max-rows", "MAX_ROWS", type=Number(int, low=1), help="Use only the first rows. [default: all]")
 @setting(
-    "--max-length", "MAX_LENGTH", type=Number(int, low=2), default=1024, help="Longest row, in tokens with EOS."
+    "--max-rows",
+    "MAX_ROWS",
+    type=Number(int, low=1),
+    help="Use only the first rows. [default: all]",
+)
+@setting(
+    "--max-length",
+    "MAX_LENGTH",
+    type=Number(int, low=2),
+    default=1024,
+    help="Longest row, in tokens with EOS.",
 )
 @setting(
     "--on-long", "ON_LONG", type=click.Choice(["truncate", "drop", "error"]), default="truncate",
@@ -37,12 +47,12 @@ from stages.lib.run.settings import Number, Stage, setting
 @run_options
 @click.pass_context
 def prepare_data(
-    ctx: click.Context, dataset: str, dataset_revision: str | None, base_model: str, base_revision: str | None,
-    max_rows: int | None, max_length: int, on_long: str, loss_on: str, validation_fraction: float, seed: int,
-    **run_settings: object,
+    ctx: click.Context, /, dataset: str, dataset_revision: str | None, base_model: str,
+    base_revision: str | None, max_rows: int | None, max_length: int, on_long: str, loss_on: str,
+    validation_fraction: float, seed: int, **run_settings: object,
 ) -> None:  # fmt: skip
     """Read a data set, tokenise it, and account for every row."""
-    from stages.lib.data import prepared, preparation, sources
+    from stages.lib.data import preparation, prepared, sources
     from stages.lib.model.base import Base
     from stages.lib.report.table import account
     from stages.lib.run.progress import Progress
@@ -50,7 +60,9 @@ def prepare_data(
     run = Run(ctx)
     base = Base(base_model, base_revision)
     known = run.previous_inputs("data").get("dataset")
-    if run.finished("data", {"base": base.reference(), "dataset": sources.reference(dataset, known)}):
+    if run.finished(
+        "data", {"base": base.reference(), "dataset": sources.reference(dataset, known)}
+    ):
         return
     source = sources.find(dataset, dataset_revision)
     with run.work() as scratch:

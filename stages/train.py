@@ -12,7 +12,8 @@ import click
 
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
-from stages.lib.run.settings import Names, Number, Stage, setting
+from stages.lib.run.settings import Stage, setting
+from stages.lib.run.values import Names, Number
 
 
 @click.command("train", cls=Stage)
@@ -23,28 +24,75 @@ from stages.lib.run.settings import Names, Number, Stage, setting
     help="How the frozen base is held; nf4 is 4 bit, double quantised, computing in bf16.",
 )  # fmt: skip
 @setting("--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter.")
-@setting("--alpha", "LORA_ALPHA", type=Number(above=0), default=16, help="The adapter is scaled by alpha / rank.")
-@setting("--dropout", "LORA_DROPOUT", type=Number(low=0, high=0.99), default=0.05, help="On the adapter's input.")
+@setting(
+    "--alpha",
+    "LORA_ALPHA",
+    type=Number(above=0),
+    default=16,
+    help="The adapter is scaled by alpha / rank.",
+)
+@setting(
+    "--dropout",
+    "LORA_DROPOUT",
+    type=Number(low=0, high=0.99),
+    default=0.05,
+    help="On the adapter's input.",
+)
 @setting(
     "--targets", "LORA_TARGETS", type=Names(), default="q_proj,v_proj",
     help="Linear modules that get an adapter, or `all-linear`.",
 )  # fmt: skip
-@setting("--init-adapter", "INIT_ADAPTER", type=click.Path(path_type=Path), help="Adapter folder to start from.")
-@setting("--learning-rate", "LEARNING_RATE", type=Number(above=0), default=2e-4, help="Peak learning rate.")
-@setting("--epochs", "EPOCHS", type=Number(above=0), default=1, help="Passes over the data; may be a fraction.")
-@setting("--max-steps", "MAX_STEPS", type=Number(int, low=1), help="Optimizer steps, instead of EPOCHS.")
+@setting(
+    "--init-adapter",
+    "INIT_ADAPTER",
+    type=click.Path(path_type=Path),
+    help="Adapter folder to start from.",
+)
+@setting(
+    "--learning-rate",
+    "LEARNING_RATE",
+    type=Number(above=0),
+    default=2e-4,
+    help="Peak learning rate.",
+)
+@setting(
+    "--epochs",
+    "EPOCHS",
+    type=Number(above=0),
+    default=1,
+    help="Passes over the data; may be a fraction.",
+)
+@setting(
+    "--max-steps", "MAX_STEPS", type=Number(int, low=1), help="Optimizer steps, instead of EPOCHS."
+)
 @setting(
     "--schedule", "SCHEDULE", type=click.Choice(["cosine", "linear", "constant"]), default="cosine",
     help="Learning rate after the warm-up.",
 )  # fmt: skip
-@setting("--warmup", "WARMUP", type=Number(low=0, high=0.99), default=0.03, help="Share of the steps.")
-@setting("--max-grad-norm", "MAX_GRAD_NORM", type=Number(above=0), default=1.0, help="Longer gradients are cut.")
-@setting("--weight-decay", "WEIGHT_DECAY", type=Number(low=0), default=0, help="Decoupled, on the adapter.")
+@setting(
+    "--warmup", "WARMUP", type=Number(low=0, high=0.99), default=0.03, help="Share of the steps."
+)
+@setting(
+    "--max-grad-norm",
+    "MAX_GRAD_NORM",
+    type=Number(above=0),
+    default=1.0,
+    help="Longer gradients are cut.",
+)
+@setting(
+    "--weight-decay",
+    "WEIGHT_DECAY",
+    type=Number(low=0),
+    default=0,
+    help="Decoupled, on the adapter.",
+)
 @setting(
     "--optimizer", "OPTIMIZER", default="adamw_8bit", help="AdamW's state in 8 bit or whole.",
     type=click.Choice(["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]),
 )  # fmt: skip
-@setting("--batch-tokens", "BATCH_TOKENS", type=Number(int, low=1), default=16384, help="Tokens a step.")
+@setting(
+    "--batch-tokens", "BATCH_TOKENS", type=Number(int, low=1), default=16384, help="Tokens a step."
+)
 @setting(
     "--micro-batch-tokens", "MICRO_BATCH_TOKENS", type=Number(int, low=1),
     help="Tokens a forward pass; BATCH_TOKENS is a multiple. [default: the largest that fits]",
@@ -57,20 +105,25 @@ from stages.lib.run.settings import Names, Number, Stage, setting
 @run_options
 @click.pass_context
 def train(
-    ctx: click.Context, base_model: str, base_revision: str | None, base_precision: str, rank: int, alpha: float,
-    dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float, max_steps: int | None,
-    batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int, **recipe: object,
+    ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
+    alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
+    max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
+    **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared
+    from stages.lib.model import adapter_files
     from stages.lib.model.base import Base
     from stages.lib.report.table import table
     from stages.lib.run import checkpoints
+    from stages.lib.run.artifact import sha256
 
     run = Run(ctx)
     data = run.read("data")
     base = Base(base_model, base_revision or data.manifest["inputs"]["base"]["revision"])
-    inputs = {"data": data.digest, "base": base.reference()}
+    inputs: dict[str, object] = {"data": data.digest, "base": base.reference()}
+    if init_adapter:
+        inputs["init_adapter"] = sha256(adapter_files.find(init_adapter) / adapter_files.WEIGHTS)
     if run.finished("adapter", inputs, replace=False):
         return
     with run.work() as scratch:
@@ -81,11 +134,13 @@ def train(
         rows, held_out = (prepared.Part(data.path / f"{part}.arrow") for part in prepared.PARTS)
 
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, load, memory, training
+        from stages.lib.model import adapter, history, load, memory, training
 
         tokens = Tokens(base.folder)
         prepared.check_format(data.path, tokens)
-        choices = memory.candidates(batch_tokens, int(rows.lengths.max()), micro_batch_tokens, recompute)
+        choices = memory.candidates(
+            batch_tokens, int(rows.lengths.max()), micro_batch_tokens, recompute
+        )
         if resumed:
             choices = [(resumed.metrics["bin_tokens"], resumed.metrics["recompute"])]
         model = load.load(base, base_precision)
@@ -108,17 +163,17 @@ def train(
         adapter.assemble(best.path, last.path, out)
         shutil.copy(data.path / prepared.FORMAT, out)
         tokens.save(out)
-        metrics = training.summary(plan, rows, last.path) | facts | speed | {
+        metrics = history.summary(plan, rows, last.path) | facts | speed | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],
             "resumed_from_step": checkpoints.step(resumed) if resumed else None,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
-            "adapter_b_norm": adapter.check_learned(tuned),
+            "adapter_b_norm": adapter.b_norm(out),
             "peak_gpu_bytes": load.peak_gpu_bytes(),
         }  # fmt: skip
         run.publish("adapter", out, inputs, metrics, device=load.describe_device(), seed=seed)
     click.echo(table(("adapter", "value"), [
-        ("steps", metrics["steps"]), ("tokens", metrics["tokens"]), ("tokens/s", metrics["tokens_per_second"]),
+        ("steps", metrics["steps"]), ("tokens", metrics["tokens"]), ("tokens/s", metrics.get("tokens_per_second", "-")),
         ("loss of the last step, nats", metrics["loss"]), ("held-out loss, nats", metrics["held_out_loss"]),
         ("best step", metrics["best_step"]), ("folder", str(run.folder / "adapter")),
     ]))  # fmt: skip

@@ -6,7 +6,9 @@ from stages.lib.run.settings import Setting, Stage, Stages
 
 
 @click.command("options", cls=Stage)
-@click.option("--names", is_flag=True, help="Only the environment names, one a line, for `docker --env-file`.")
+@click.option(
+    "--names", is_flag=True, help="Only the environment names, one a line, for `docker --env-file`."
+)
 @click.pass_context
 def options(ctx: click.Context, names: bool) -> None:
     """Print every setting as Markdown."""
@@ -18,7 +20,10 @@ def options(ctx: click.Context, names: bool) -> None:
 def markdown(group: Stages) -> str:
     """A table for each command."""
     lines = ["# Options", "", "Made by `make docs` from the commands.", ""]
-    lines += ["A setting comes from its flag, else the environment, else the preset, else its default.", ""]
+    lines += [
+        "A setting comes from its flag, else the environment, else the preset, else its default.",
+        "",
+    ]
     for name, command in group.commands.items():
         settings = [option for option in command.params if isinstance(option, Setting)]
         if settings:
@@ -31,7 +36,12 @@ def markdown(group: Stages) -> str:
 def _row(option: Setting) -> str:
     meaning, _, unset = (option.help or "").partition(" [default: ")
     default = "required" if option.required else unset.removesuffix("]")
-    if not option.required and not unset and option.default not in (None, False) and "UNSET" not in str(option.default):
+    if (
+        not option.required
+        and not unset
+        and option.default not in (None, False)
+        and "UNSET" not in str(option.default)
+    ):
         default = f"`{option.default}`"
     if isinstance(option.type, click.Choice):
         meaning += f" One of {', '.join(f'`{choice}`' for choice in option.type.choices)}."

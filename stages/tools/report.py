@@ -29,9 +29,17 @@ def report(ctx: click.Context, run_dir: Any) -> None:
         base, tuned = result["base"], result["tuned"]
         rows = []
         if base["loss"] is not None:
-            rows.append(("held-out loss, nats a token", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}"))
+            rows.append(
+                ("held-out loss, nats a token", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}")
+            )
         if base["stop_rate"] is not None:
-            rows.append(("answers that stop by themselves", f"{base['stop_rate']:.0%}", f"{tuned['stop_rate']:.0%}"))
+            rows.append(
+                (
+                    "answers that stop by themselves",
+                    f"{base['stop_rate']:.0%}",
+                    f"{tuned['stop_rate']:.0%}",
+                )
+            )
         for entry in result["answers"][:1]:
             rows.append((entry["question"], entry["base"]["text"], entry["tuned"]["text"]))
         click.echo(table(("", "before", "after"), rows))

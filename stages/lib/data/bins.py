@@ -60,7 +60,12 @@ class Schedule:
         max_steps: int | None,
         seed: int,
     ) -> None:
-        self.lengths, self.capacity, self.bins_per_step, self.seed = lengths, capacity, bins_per_step, seed
+        self.lengths, self.capacity, self.bins_per_step, self.seed = (
+            lengths,
+            capacity,
+            bins_per_step,
+            seed,
+        )
         self._epoch: tuple[int, list[Ints]] = (0, self._pack(0))
         self.bins_per_epoch = len(self._epoch[1])
         wanted = max(1, round(self.bins_per_epoch * epochs))

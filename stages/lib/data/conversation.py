@@ -33,7 +33,9 @@ def parse(text: str) -> list[Turn]:
     """The turns of a guanaco `text`; what stands before the first mark is the system turn."""
     first, *rest = MARK.split(text)
     turns = [Turn("system", first)] if first else []
-    return turns + [Turn(ROLES[mark], said) for mark, said in zip(rest[::2], rest[1::2], strict=True)]
+    return turns + [
+        Turn(ROLES[mark], said) for mark, said in zip(rest[::2], rest[1::2], strict=True)
+    ]
 
 
 def render(turns: Sequence[Turn], loss_on: str) -> list[Segment]:
@@ -63,7 +65,12 @@ def ask(prompt: str, system: str = "") -> list[Turn]:
 
 
 # Rendered and tokenised with the data, and compared wherever the adapter is used.
-GOLDEN = [Turn("system", "Be brief.\n"), Turn("user", " What is 2 + 2?"), Turn("assistant", " 4"), Turn("user", " Why?")]
+GOLDEN = [
+    Turn("system", "Be brief.\n"),
+    Turn("user", " What is 2 + 2?"),
+    Turn("assistant", " 4"),
+    Turn("user", " Why?"),
+]
 
 
 def stops() -> tuple[str, ...]:

@@ -34,7 +34,12 @@ class Example:
         before = self.turns[: answers[-1]]
         reference = self.turns[answers[-1]].text.strip()
         question = before[-1].text.strip()
-        return {"row": self.row, "question": question, "prompt": render_prompt(before), "reference": reference}
+        return {
+            "row": self.row,
+            "question": question,
+            "prompt": render_prompt(before),
+            "reference": reference,
+        }
 
 
 @dataclass
@@ -68,14 +73,24 @@ class Ledger:
         """For the manifest; `length_quantiles` are tokens of kept rows."""
         found = asdict(self)
         lengths = sorted(found.pop("lengths"))
-        quantiles = {q: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for q in (0, 0.25, 0.5, 0.75, 0.95, 1)}
+        quantiles = {
+            q: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
+            for q in (0, 0.25, 0.5, 0.75, 0.95, 1)
+        }
         shape = {"shape": GUANACO, "chat_format": GUANACO}
-        return found | {"length_quantiles": {f"{q:g}": tokens for q, tokens in quantiles.items()}} | shape
+        return (
+            found
+            | {"length_quantiles": {f"{q:g}": tokens for q, tokens in quantiles.items()}}
+            | shape
+        )
 
     def check(self, name: str) -> None:
         """Refuse a data set that leaves nothing to train on."""
         if self.rows_kept == self.rows_held_out:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in self.rows_dropped.items()) or "none dropped"
+            reasons = (
+                ", ".join(f"{n} {reason}" for reason, n in self.rows_dropped.items())
+                or "none dropped"
+            )
             raise BadData(f"{name} leaves no row to train on: {self.rows_read} read, {reasons}")
 
 
@@ -130,18 +145,29 @@ def conversations(rows: Iterable[Row], loss_on: str, ledger: Ledger) -> Iterator
 
 def _text(row: Row) -> str:
     if not isinstance(row.data, dict):
-        raise BadData(f"{row.where} is {type(row.data).__name__}, not an object with a `text` column")
+        raise BadData(
+            f"{row.where} is {type(row.data).__name__}, not an object with a `text` column"
+        )
     if "text" not in row.data:
         columns = ", ".join(map(str, row.data)) or "none"
-        raise BadData(f"{row.where} has no `text` column (its columns: {columns}); rename the one that holds it")
+        raise BadData(
+            f"{row.where} has no `text` column (its columns: {columns}); rename the one that holds it"
+        )
     text = row.data["text"]
     if not isinstance(text, str):
-        raise BadData(f"{row.where} has {type(text).__name__} in `text`, which must be a string; mend the row")
+        raise BadData(
+            f"{row.where} has {type(text).__name__} in `text`, which must be a string; mend the row"
+        )
     return text
 
 
 def tokenise(
-    examples: Iterable[Example], tokens: Tokens, loss_on: str, max_length: int, on_long: str, ledger: Ledger
+    examples: Iterable[Example],
+    tokens: Tokens,
+    loss_on: str,
+    max_length: int,
+    on_long: str,
+    ledger: Ledger,
 ) -> Iterator[Example]:
     """Give each example its ids and mask, at most `max_length` tokens with EOS, and count it."""
     batch: list[Example] = []
@@ -154,7 +180,12 @@ def tokenise(
 
 
 def _encode(
-    batch: list[Example], tokens: Tokens, loss_on: str, max_length: int, on_long: str, ledger: Ledger
+    batch: list[Example],
+    tokens: Tokens,
+    loss_on: str,
+    max_length: int,
+    on_long: str,
+    ledger: Ledger,
 ) -> Iterator[Example]:
     segments: list[list[Segment]] = [render(example.turns, loss_on) for example in batch]
     for example, found in zip(batch, tokens.encode(segments, loss_on != "all"), strict=True):
@@ -178,7 +209,9 @@ def _fit(example: Example, max_length: int, on_long: str, eos: int, ledger: Ledg
             ledger.tokens_lost += before
             return False
         cut = max_length - 1
-        while cut and not example.trained[cut - 1]:  # end with something learned, so that EOS is learned too
+        while (
+            cut and not example.trained[cut - 1]
+        ):  # end with something learned, so that EOS is learned too
             cut -= 1
         example.ids = [*example.ids[:cut], eos]
         example.trained = [*example.trained[:cut], True]

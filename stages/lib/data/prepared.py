@@ -31,7 +31,11 @@ class Writer:
         import pyarrow as pa
 
         self.pa = pa
-        fields = {"row": pa.int64(), "input_ids": pa.list_(pa.int32()), "trained": pa.list_(pa.bool_())}
+        fields = {
+            "row": pa.int64(),
+            "input_ids": pa.list_(pa.int32()),
+            "trained": pa.list_(pa.bool_()),
+        }
         self.schema = pa.schema(fields)
         self.folder = folder
         self.waiting: dict[str, list[Example]] = {part: [] for part in PARTS}
@@ -47,7 +51,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         self.stack = contextlib.ExitStack()
         self.streams = {
-            part: self.stack.enter_context(self.pa.ipc.new_stream(str(self.folder / f"{part}.arrow"), self.schema))
+            part: self.stack.enter_context(
+                self.pa.ipc.new_stream(str(self.folder / f"{part}.arrow"), self.schema)
+            )
             for part in PARTS
         }
         return self
@@ -89,7 +95,9 @@ class Part:
         self.rows = Dataset.from_file(str(path)).with_format("numpy")
         table = self.rows.data
         self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
-        self.trained = np.array([mask.values.true_count for mask in table.column("trained")], dtype=np.int64)
+        self.trained = np.array(
+            [mask.values.true_count for mask in table.column("trained")], dtype=np.int64
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,7 +110,9 @@ class Part:
 
 def prompts(folder: Path) -> list[dict[str, Any]]:
     """The held-out questions of a data artifact: `row`, `question`, `prompt` (rendered) and `reference`."""
-    return [json.loads(line) for line in (folder / PROMPTS).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / PROMPTS).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def check_format(folder: Path, tokens: Tokens) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def read(prompt: str | None, path: Path | None) -> list[str]:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     if not prompt or not prompt.strip():
-        raise BadSetting('nothing is asked: use --prompt, make generate PROMPT="...", --prompts-file or standard input')
+        raise BadSetting(
+            'nothing is asked: use --prompt, make generate PROMPT="...", --prompts-file or standard input'
+        )
     return [prompt]
 
 
@@ -48,7 +50,9 @@ def _line(path: Path, number: int, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadData(f'{path}:{number} is not an object with a `prompt`: write {{"prompt": "..."}}') from error
+        raise BadData(
+            f'{path}:{number} is not an object with a `prompt`: write {{"prompt": "..."}}'
+        ) from error
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadData(f"{path}:{number} has an empty `prompt`, or one that is no string")
     return prompt
@@ -63,7 +67,16 @@ def write(folder: Path, prompts: list[str], answers: list[Any]) -> dict[str, Any
     """One line a prompt: `prompt`, `answer`, `tokens`, `finish` (`stop` or `length`); the counts as metrics."""
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for prompt, said in zip(prompts, answers, strict=True):
-            entry = {"prompt": prompt, "answer": said.text, "tokens": said.tokens, "finish": said.finish}
+            entry = {
+                "prompt": prompt,
+                "answer": said.text,
+                "tokens": said.tokens,
+                "finish": said.finish,
+            }
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     stopped = sum(said.finish == "stop" for said in answers)
-    return {"prompts": len(prompts), "stopped": stopped, "tokens": sum(said.tokens for said in answers)}
+    return {
+        "prompts": len(prompts),
+        "stopped": stopped,
+        "tokens": sum(said.tokens for said in answers),
+    }

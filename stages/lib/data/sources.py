@@ -16,7 +16,9 @@ SAMPLE = "sample"
 LINES = {".jsonl", ".ndjson"}
 SUFFIXES = LINES | {".json", ".csv", ".parquet"}
 # The words by which Hugging Face data sets name the part that is not for training.
-HELD_OUT = re.compile(r"(?:^|[^a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?:[^a-z]|$)", re.I)
+HELD_OUT = re.compile(
+    r"(?:^|[^a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?:[^a-z]|$)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,15 @@ def find(dataset: str, revision: str | None) -> Source:
     if path.is_dir():
         return _split(dataset, None, sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES))
     if glob.has_magic(dataset):
-        files = sorted(Path(p) for p in glob.glob(dataset, recursive=True) if Path(p).suffix in SUFFIXES)
+        files = sorted(
+            Path(p) for p in glob.glob(dataset, recursive=True) if Path(p).suffix in SUFFIXES
+        )
         return _split(dataset, None, files)
     looks_local = path.suffix in SUFFIXES or path.is_absolute() or dataset.startswith(".")
     if looks_local or len(path.parts) != 2:
-        raise Missing(f"there is no data at {path.absolute()}; a local file must be mounted at the same path")
+        raise Missing(
+            f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
+        )
     folder, commit = hub.snapshot(dataset, revision, "dataset")
     return _split(dataset, commit, sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES))
 
@@ -132,7 +138,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
             try:
                 yield Row(f"{path}:{number}", json.loads(line))
             except UnicodeDecodeError as error:
-                raise BadData(f"{path}:{number} is not UTF-8 at byte {error.start}; convert the file") from error
+                raise BadData(
+                    f"{path}:{number} is not UTF-8 at byte {error.start}; convert the file"
+                ) from error
             except json.JSONDecodeError as error:
                 raise BadData(
                     f"{path}:{number} is not valid JSON: {error.msg} at character {error.colno}; mend the line"
@@ -149,7 +157,9 @@ def _json(path: Path) -> Iterator[Row]:
             yield from _json_lines(path)
             return
         place = f"{path}:{error.lineno}"
-        raise BadData(f"{place} is not valid JSON: {error.msg} at character {error.colno}; mend the file") from error
+        raise BadData(
+            f"{place} is not valid JSON: {error.msg} at character {error.colno}; mend the file"
+        ) from error
     if not isinstance(content, list):
         content = [content]
     for number, data in enumerate(content, 1):

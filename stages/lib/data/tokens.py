@@ -1,5 +1,6 @@
 """How text becomes token ids and a mask: by position, so that EOS is learned whatever pads."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,12 @@ from stages.lib.data.conversation import Segment
 from stages.lib.run.exits import BadData, CannotRun
 
 # Names that base models reserve for such use, should they have no `unk`.
-RESERVED = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|endoftext|>")
+RESERVED = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|fim_pad|>",
+    "<|endoftext|>",
+)
 
 
 class Tokens:
@@ -16,7 +22,7 @@ class Tokens:
 
     Attributes:
         eos: id of the token that ends an answer. pad: id that fills a batch; never EOS where the
-        vocabulary has another that means nothing. bos: ids that the tokenizer puts first, none or one.
+        vocabulary has another that means nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,9 +35,13 @@ class Tokens:
 
             self.fast = AutoTokenizer.from_pretrained(folder)
             if not self.fast.is_fast:
-                raise CannotRun(f"{folder} has no fast tokenizer (tokenizer.json); choose another base")
+                raise CannotRun(
+                    f"{folder} has no fast tokenizer (tokenizer.json); choose another base"
+                )
         if self.fast.eos_token_id is None:
-            raise BadData(f"the tokenizer in {folder} has no EOS token, so no answer could ever end")
+            raise BadData(
+                f"the tokenizer in {folder} has no EOS token, so no answer could ever end"
+            )
         self.backend = self.fast.backend_tokenizer
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -40,7 +50,7 @@ class Tokens:
         self.eos: int = self.fast.eos_token_id
         self.pad = self._choose_pad()
         self.fast.pad_token_id = self.pad
-        self.bos: list[int] = [i for i in self.backend.encode("").ids if i != self.eos]
+        self._add_missing_bos(folder)
 
     def _choose_pad(self) -> int:
         pad, unk = self.fast.pad_token_id, self.fast.unk_token_id
@@ -52,10 +62,27 @@ class Tokens:
         reserved = [vocabulary[name] for name in RESERVED if name in vocabulary]
         return next((i for i in reserved if i != self.eos), self.eos)
 
+    def _add_missing_bos(self, folder: Path) -> None:
+        """Put BOS first where the model was trained with it and the tokenizer's own files forget it."""
+        from tokenizers.processors import Sequence, TemplateProcessing
+
+        bos, path = self.fast.bos_token, folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        # A SentencePiece model alone says nothing; the models of that time begin with BOS.
+        wanted = config.get("add_bos_token", not (folder / "tokenizer.json").is_file())
+        if wanted and bos and self.fast.bos_token_id not in self.backend.encode("").ids:
+            first = TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, self.fast.bos_token_id)]
+            )
+            own = self.backend.post_processor
+            self.backend.post_processor = Sequence([own, first]) if own else first
+
     def __len__(self) -> int:
         return len(self.fast)
 
-    def encode(self, rows: Sequence[Sequence[Segment]], with_mask: bool) -> list[tuple[list[int], list[bool]]]:
+    def encode(
+        self, rows: Sequence[Sequence[Segment]], with_mask: bool
+    ) -> list[tuple[list[int], list[bool]]]:
         """Ids and mask of each row, one EOS at the end of each.
 
         The mask says which tokens are learned: those that begin inside a trained segment, and EOS behind one.
@@ -81,7 +108,7 @@ class Tokens:
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt that the model is to continue, with the BOS that training rows had."""
         ids = self.backend.encode(text).ids
-        return ids[:-1] if ids and ids[-1] == self.eos and not text.endswith(self.fast.eos_token) else ids
+        return ids[:-1] if ids and ids[-1] == self.eos else list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""

@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 
+from stages.lib.model.adapter_files import CONFIG, WEIGHTS, find
 from stages.lib.model.base import Base
 from stages.lib.run import artifact
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadData, BadSetting, Diverged, Missing
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from stages.lib.run.exits import BadData, BadSetting, Diverged
 
 
 def attach(
-    model: Any, base: Base, rank: int, alpha: float, dropout: float, targets: tuple[str, ...], seed: int
+    model: Any,
+    base: Base,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    seed: int,
 ) -> Any:
     """A fresh adapter on a frozen base, its A drawn from `seed`, its B zero.
 
@@ -53,7 +58,9 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
     for target in targets:
         if target != "all-linear" and target not in linear:
             known = ", ".join(sorted(linear))
-            raise BadSetting(f"LORA_TARGETS names {target}, which this base has not; it has {known}, or all-linear")
+            raise BadSetting(
+                f"LORA_TARGETS names {target}, which this base has not; it has {known}, or all-linear"
+            )
 
 
 def _name_base(tuned: Any, name: str, revision: str | None) -> None:
@@ -65,27 +72,34 @@ def load(model: Any, folder: Path, base: Base, trainable: bool = False) -> Any:
     """An adapter's weights on its base, every tensor in its place.
 
     Raises:
-        Missing: no adapter there. BadData: cut off, or made for a base of another shape.
+        BadData: cut off, or made for a base of another shape.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise Missing(f"there is no adapter in {folder} ({CONFIG} and {WEIGHTS})")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         config = LoraConfig.from_pretrained(str(folder))
     except (SafetensorError, ValueError, TypeError) as error:
-        raise BadData(f"the adapter in {folder} cannot be read ({error}); train it again") from error
+        raise BadData(
+            f"the adapter in {folder} cannot be read ({error}); train it again"
+        ) from error
     try:
         tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        raise BadData(f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}") from error
-    live = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
+        raise BadData(
+            f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}"
+        ) from error
+    live = {
+        name: tuple(t.shape)
+        for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
+    }
     if live != saved:
         odd = sorted(live.items() ^ saved.items())
-        raise BadData(f"the adapter in {folder} was made for another base: {odd[0][0]} does not match")
+        raise BadData(
+            f"the adapter in {folder} was made for another base: {odd[0][0]} does not match"
+        )
     _name_base(tuned, *base.adapter_name())
     return tuned
 
@@ -100,8 +114,8 @@ def check_base(made: Artifact, base: Base) -> None:
     if was != now:
         key = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
         raise BadData(
-            f"the adapter in {made.path} belongs to another base: {key} was {was.get(key)}, is now {now.get(key)}; "
-            "use the base that it was trained on, or train again"
+            f"the adapter in {made.path} belongs to another base: {key} was {was.get(key)}, "
+            f"is now {now.get(key)}; use the base that it was trained on, or train again"
         )
 
 
@@ -109,22 +123,25 @@ def warm_start(path: Path, base: Base, rank: int, alpha: float, targets: tuple[s
     """The folder of the adapter that a run starts from, given itself or its run directory.
 
     Raises:
-        Missing: no adapter there. BadSetting: its rank, alpha or targets differ. BadData: it has another base.
+        BadSetting: its rank, alpha or targets differ. BadData: it has another base.
     """
-    folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
-    if not (folder / CONFIG).is_file():
-        raise Missing(f"there is no adapter in {folder}, which INIT_ADAPTER names")
+    folder = find(path)
     made = artifact.load(folder, deep=True)
     if made:
         check_base(made, base)
     config = json.loads((folder / CONFIG).read_text())
     modules = config.get("target_modules")
-    pairs = {"LORA_RANK": (config.get("r"), rank), "LORA_ALPHA": (config.get("lora_alpha"), alpha)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "LORA_RANK": (config.get("r"), rank),
+        "LORA_ALPHA": (config.get("lora_alpha"), alpha),
+    }
     if isinstance(modules, list) and targets != ("all-linear",):
         pairs["LORA_TARGETS"] = (",".join(sorted(modules)), ",".join(sorted(targets)))
     for name, (old, new) in pairs.items():
         if old != new:
-            raise BadSetting(f"INIT_ADAPTER {folder} has {name}={old}, the settings say {new}; make them agree")
+            raise BadSetting(
+                f"INIT_ADAPTER {folder} has {name}={old}, the settings say {new}; make them agree"
+            )
     return folder
 
 
@@ -154,17 +171,18 @@ def trainable(tuned: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in tuned.parameters() if parameter.requires_grad]
 
 
-def check_learned(tuned: Any) -> float:
-    """The norm of all B matrices; it is zero before the first step.
+def b_norm(folder: Path) -> float:
+    """The norm of all B matrices of a saved adapter; it is zero before the first step.
 
     Raises:
         Diverged: a weight is not finite.
     """
+    from safetensors.torch import load_file
+
     squares = 0.0
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            if not bool(torch.isfinite(parameter).all()):
-                raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
-            if "lora_B" in name:
-                squares += float(parameter.detach().float().square().sum())
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
+        if "lora_B" in name:
+            squares += float(tensor.float().square().sum())
     return float(squares**0.5)

@@ -36,7 +36,9 @@ class AtStop(StoppingCriteria):
     def __init__(self, tokens: Tokenizer, stops: Sequence[str], start: int) -> None:
         self.tokens, self.stops, self.start = tokens, stops, start
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         preemption.check()
         # A stop text has fewer tokens than characters, so it lies within so many of the last.
         reach = max(self.start, input_ids.shape[1] - max(map(len, self.stops), default=0))
@@ -48,7 +50,9 @@ class AtStop(StoppingCriteria):
 class Stream:
     """Passes text on as it is said, holding back what may be the beginning of a stop text."""
 
-    def __init__(self, tokens: Tokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
+    def __init__(
+        self, tokens: Tokenizer, stops: Sequence[str], write: Callable[[str], object]
+    ) -> None:
         self.tokens, self.stops, self.write = tokens, stops, write
         self.ids: list[int] = []
         self.shown = 0
@@ -71,7 +75,9 @@ class Stream:
         # An unfinished character shows as U+FFFD until its last byte is there.
         limit = len(text.rstrip("\ufffd"))
         if held_back:
-            ends = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            ends = [
+                n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+            ]
             limit = min(limit, len(text) - max(ends, default=0))
         if limit > self.shown:
             self.write(text[self.shown : limit])
@@ -144,7 +150,9 @@ def in_batches(
     with Progress(len(prompts), "prompts") as progress:
         for first in range(0, len(order), size):
             batch = order[first : first + size]
-            said = answer(model, tokens, precision, [prompts[i] for i in batch], stops, max_new_tokens)
+            said = answer(
+                model, tokens, precision, [prompts[i] for i in batch], stops, max_new_tokens
+            )
             found |= dict(zip(batch, said, strict=True))
             progress.update(len(found))
     return [found[i] for i in range(len(prompts))]

@@ -22,12 +22,15 @@ class Base:
 
     def __init__(self, name: str, revision: str | None) -> None:
         self.name, self.revision = name, revision
+        self.commit: str | None = None
         self.path = Path(name)
         self.is_sample = name == sample.NAME
         self.is_local = not self.is_sample and self.path.is_dir()
         looks_local = self.path.is_absolute() or name.startswith(".") or len(self.path.parts) != 2
         if looks_local and not (self.is_sample or self.is_local):
-            raise Missing(f"there is no base model at {self.path.absolute()}; name a folder or a hub id")
+            raise Missing(
+                f"there is no base model at {self.path.absolute()}; name a folder or a hub id"
+            )
 
     @classmethod
     def recorded(cls, identity: dict[str, Any]) -> "Base":
@@ -47,7 +50,7 @@ class Base:
         if self.is_sample:
             self.folder, self.commit = sample.folder(), sample.REVISION
         elif self.is_local:
-            self.folder, self.commit = self.path.resolve(), None
+            self.folder = self.path.resolve()
         else:
             what = "model" if weights else "tokenizer"
             self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
@@ -79,17 +82,25 @@ class Base:
 
     def _check(self, weights: bool) -> None:
         if "auto_map" in self.config:
-            raise CannotRun(f"{self.name} needs code of its own, which is never run here; choose another base")
+            raise CannotRun(
+                f"{self.name} needs code of its own, which is never run here; choose another base"
+            )
         if self.config.get("is_encoder_decoder"):
-            raise CannotRun(f"{self.name} is an encoder-decoder; only causal language models can be tuned")
+            raise CannotRun(
+                f"{self.name} is an encoder-decoder; only causal language models can be tuned"
+            )
         if weights and not any(self.folder.glob("*.safetensors")):
-            raise BadData(f"{self.folder} has no safetensors weights; convert them with save_pretrained")
+            raise BadData(
+                f"{self.folder} has no safetensors weights; convert them with save_pretrained"
+            )
 
     def check_length(self, max_length: int) -> None:
         """Refuse rows longer than the model's context."""
         context = self.config.get("max_position_embeddings")
         if context and max_length > context:
-            raise BadSetting(f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens")
+            raise BadSetting(
+                f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens"
+            )
 
     def check_room(self, prompt_tokens: int, new_tokens: int) -> None:
         """Refuse a prompt that leaves no room for its answer."""
@@ -104,7 +115,9 @@ class Base:
         """Refuse a tokenizer that has ids beyond the model's embeddings."""
         rows = self.config.get("vocab_size", size)
         if size > rows:
-            raise BadData(f"the tokenizer of {self.name} has {size} tokens, its embeddings {rows} rows")
+            raise BadData(
+                f"the tokenizer of {self.name} has {size} tokens, its embeddings {rows} rows"
+            )
 
 
 def fingerprint(folder: Path) -> str:

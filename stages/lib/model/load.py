@@ -13,7 +13,11 @@ PRECISIONS = ("nf4", "int8", "bf16", "fp32")
 
 def device() -> torch.device:
     """The GPU, where there is one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def describe_device() -> dict[str, Any]:
@@ -45,7 +49,11 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
 
     logging.set_verbosity_error()
     place = place or device()
-    if place.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(place)[0] < 8:
+    if (
+        place.type == "cuda"
+        and precision != "fp32"
+        and torch.cuda.get_device_capability(place)[0] < 8
+    ):
         raise CannotRun(
             f"{torch.cuda.get_device_name(place)} has no bf16, which BASE_PRECISION={precision} computes in; "
             "use an Ampere GPU or newer, or BASE_PRECISION=fp32"
@@ -64,7 +72,8 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     absent = sorted(report["missing_keys"])
     if absent:
         raise BadData(
-            f"the weights of {base.name} lack {len(absent)} tensors of its config, {absent[0]} first; fetch it again"
+            f"the weights of {base.name} lack {len(absent)} tensors of its config, {absent[0]} first; "
+            "fetch it again"
         )
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache would hide that rows are packed

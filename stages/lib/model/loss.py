@@ -24,6 +24,22 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> Row: ...
 
 
+class Plan(Protocol):
+    """The bins of a run, in order; see `stages.lib.data.bins.Schedule`."""
+
+    capacity: int
+    bins_per_step: int
+    bins_per_epoch: int
+    total_bins: int
+
+    @property
+    def filled(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    def rows(self, number: int) -> Any: ...
+    def step(self, number: int) -> range: ...
+
+
 def lay_out(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """A bin as the model takes it; nothing is padded.
 
@@ -87,7 +103,9 @@ def mean_nll(
     return float(total / max(count, 1))
 
 
-def held_out_bins(lengths: npt.NDArray[np.int64], capacity: int, limit: int | None = None) -> list[list[int]]:
+def held_out_bins(
+    lengths: npt.NDArray[np.int64], capacity: int, limit: int | None = None
+) -> list[list[int]]:
     """Rows in order, laid into bins of `capacity` tokens.
 
     Args:

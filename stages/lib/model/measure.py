@@ -42,12 +42,13 @@ def compare(
                 loss = None
                 if bins:
                     rows = ([held_out[row] for row in b] for b in bins)
-                    loss = mean_nll(tuned, precision, rows, lambda n: progress.update(progress.done + n, side=side))
+                    loss = mean_nll(tuned, precision, rows, progress.advance)
                 found = []
                 for first in range(0, len(questions), BATCH):
-                    ids = [tokens.encode_prompt(q["prompt"]) for q in questions[first : first + BATCH]]
+                    batch = questions[first : first + BATCH]
+                    ids = [tokens.encode_prompt(question["prompt"]) for question in batch]
                     found += answer(tuned, tokens, precision, ids, stops, max_new_tokens)
-                    progress.update(progress.done + max_new_tokens * len(ids), side=side)
+                    progress.advance(max_new_tokens * len(ids))
             for entry, said in zip(answers, found, strict=True):
                 entry[side] = {"text": said.text, "tokens": said.tokens, "finish": said.finish}
             sides[side] = {

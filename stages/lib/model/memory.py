@@ -14,7 +14,9 @@ CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end
 GPU_BIN = 16384
 
 
-def candidates(batch_tokens: int, longest: int, wanted: int | None, recompute: str) -> list[tuple[int, bool]]:
+def candidates(
+    batch_tokens: int, longest: int, wanted: int | None, recompute: str
+) -> list[tuple[int, bool]]:
     """(bin, recompute) from the fastest to the smallest.
 
     Args:
@@ -26,9 +28,13 @@ def candidates(batch_tokens: int, longest: int, wanted: int | None, recompute: s
     """
     if longest > (wanted or batch_tokens):
         name = "MICRO_BATCH_TOKENS" if wanted else "BATCH_TOKENS"
-        raise BadSetting(f"{name} {wanted or batch_tokens} is less than the longest row, {longest} tokens; raise it")
+        raise BadSetting(
+            f"{name} {wanted or batch_tokens} is less than the longest row, {longest} tokens; raise it"
+        )
     if wanted and batch_tokens % wanted:
-        raise BadSetting(f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {wanted}")
+        raise BadSetting(
+            f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {wanted}"
+        )
     most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
     divisors = [d for d in range(batch_tokens, longest - 1, -1) if batch_tokens % d == 0]
     sizes: list[int] = []

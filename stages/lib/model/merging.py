@@ -35,7 +35,9 @@ def merge(base: Base, folder: Path, ids: list[int], out: Path) -> dict[str, Any]
     tuned = adapter.load(load.load(base, "fp32", CPU), folder, base)
     say("base plus adapter in fp32")
     reference = _log_probabilities(tuned, ids)
-    stored = getattr(torch, str(base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"))
+    stored = getattr(
+        torch, str(base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16")
+    )
     merged = tuned.merge_and_unload(safe_merge=True).to(stored)
     merged.config.use_cache = True
     say(f"writing the merged model in {stored}")
@@ -57,14 +59,16 @@ def compare(reference: torch.Tensor, folder: Path, ids: list[int]) -> dict[str, 
     """
     from transformers import AutoModelForCausalLM
 
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    written = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
     found = _log_probabilities(written, ids)
     kl = float((reference.exp() * (reference - found)).sum(-1).mean())
     agreement = float((reference.argmax(-1) == found.argmax(-1)).float().mean())
     if not kl <= MOST_KL:
         raise GateFailed(
-            f"the merged model differs from base plus adapter (KL {kl:.3g} nats a token, at most {MOST_KL:g} is "
-            "rounding), so it was not published; look for NaN in the adapter, or another base"
+            f"the merged model differs from base plus adapter (KL {kl:.3g} nats a token, at most {MOST_KL:g} "
+            "is rounding), so it was not published; look for NaN in the adapter, or another base"
         )
     return {"mean_kl": kl, "top1_agreement": agreement, "compared_tokens": len(ids)}
 

@@ -1,11 +1,10 @@
 """The training loop: Hugging Face's Trainer, fed with bins, on losses averaged by learned tokens."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, load
-from stages.lib.model.loss import Rows, held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.model import adapter, history, load
+from stages.lib.model.loss import Plan, Rows, held_out_bins, lay_out, mean_nll, nll_sum
 from stages.lib.run import preemption
 from stages.lib.run.exits import Diverged, TryAgain
 from stages.lib.run.progress import Progress
@@ -28,21 +27,6 @@ EVALUATIONS = 4
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
 EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
-
-
-class Plan(Protocol):
-    """The bins of a run, in order; see `stages.lib.data.bins.Schedule`."""
-
-    capacity: int
-    bins_per_step: int
-    bins_per_epoch: int
-    total_bins: int
-    filled: float
-
-    @property
-    def steps(self) -> int: ...
-    def rows(self, number: int) -> Any: ...
-    def step(self, number: int) -> range: ...
 
 
 class Bins(torch.utils.data.Dataset[dict[str, Any]]):
@@ -62,7 +46,9 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _tokens(self, step: int) -> int:
         if self._step_tokens[0] != step:
-            tokens = sum(int(self.rows.trained[self.plan.rows(b)].sum()) for b in self.plan.step(step))
+            tokens = sum(
+                int(self.rows.trained[self.plan.rows(b)].sum()) for b in self.plan.step(step)
+            )
             self._step_tokens = (step, tokens)
         return self._step_tokens[1]
 
@@ -72,7 +58,7 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class LoraTrainer(Trainer):
-    """Trainer whose batches are bins, whose loss is exact under accumulation, and whose checkpoints are adapters."""
+    """Trainer whose batches are bins, its loss exact under accumulation, its checkpoints adapters."""
 
     # The loss is divided by the whole step's learned tokens, so the loop must not divide it again.
     loss_is_scaled_for_ga = True
@@ -86,9 +72,13 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin."""
-        return torch.utils.data.DataLoader(self.bins, batch_size=1, collate_fn=lambda batch: batch[0])
+        return torch.utils.data.DataLoader(
+            self.bins, batch_size=1, collate_fn=lambda batch: batch[0]
+        )
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any
+    ) -> torch.Tensor:
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         preemption.check()
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
@@ -117,7 +107,9 @@ def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> Traini
         gradient_accumulation_steps=plan.bins_per_step,
         num_train_epochs=1,  # of `Bins`, which holds the whole run
         learning_rate=given["learning_rate"],
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(given["schedule"], given["schedule"]),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            given["schedule"], given["schedule"]
+        ),
         warmup_steps=math.ceil(given["warmup"] * plan.steps),
         max_grad_norm=given["max_grad_norm"],
         weight_decay=given["weight_decay"],
@@ -138,12 +130,19 @@ class Conduct(TrainerCallback):
     """Watches the loop: progress, evaluations, checkpoints, and gradients that must be finite."""
 
     def __init__(
-        self, bins: Bins, evaluates: bool, saved: Callable[[Path, int, float | None], None], progress: Progress
+        self,
+        bins: Bins,
+        evaluates: bool,
+        saved: Callable[[Path, int, float | None], None],
+        progress: Progress,
     ) -> None:
         self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
         # The last step and up to three before it, evenly.
-        self.evaluate_at = {-(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+        self.evaluate_at = {
+            -(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)
+        }
         self.held_out_loss: dict[int, float] = {}
+        self.saved_step = 0
         self.tokens, self.seconds = 0, 0.0
         self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
         self.step_began = time.monotonic()
@@ -191,7 +190,9 @@ class Conduct(TrainerCallback):
             self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
         elif "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise Diverged(f"the loss of step {state.global_step} is not finite; lower LEARNING_RATE")
+                raise Diverged(
+                    f"the loss of step {state.global_step} is not finite; lower LEARNING_RATE"
+                )
             self.progress.update(
                 state.global_step,
                 loss=logs["loss"],
@@ -199,11 +200,14 @@ class Conduct(TrainerCallback):
                 tokens_per_second=self.tokens / max(self.seconds, 1e-9),
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         step = state.global_step
-        self.saved(Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step))
-        self.next_save = time.monotonic() + SAVE_SECONDS
-
+        self.saved(
+            Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
+        )
+        self.saved_step, self.next_save = step, time.monotonic() + SAVE_SECONDS
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a step was to be evaluated and was not: to go on from there would lose its measure."""
@@ -236,10 +240,12 @@ def train(
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
     """
-    if resume and _state(resume)["global_step"] >= plan.steps:
+    if resume and history.steps_done(resume) >= plan.steps:
         return {}  # Trainer would take one more step
     bins = Bins(plan, rows)
-    trainer = LoraTrainer(tuned, arguments(scratch, plan, precision, **recipe), bins, held_out, precision)
+    trainer = LoraTrainer(
+        tuned, arguments(scratch, plan, precision, **recipe), bins, held_out, precision
+    )
     trainer.remove_callback(PrinterCallback)
     with Progress(plan.steps, "steps") as progress:
         conduct = Conduct(bins, len(held_out) > 0, saved, progress)
@@ -248,7 +254,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except TryAgain:
             step = trainer.state.global_step
-            if step and not conduct.owes_evaluation(step):
+            if step > conduct.saved_step and not conduct.owes_evaluation(step):
                 trainer._save_checkpoint(tuned, None)
                 conduct.on_save(trainer.args, trainer.state, trainer.control)
             raise
@@ -256,35 +262,3 @@ def train(
         "tokens_per_second": round(conduct.tokens / max(conduct.seconds, 1e-9), 1),
         "train_seconds": round(conduct.seconds, 3),
     }
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / "trainer_state.json").read_text()))
-
-
-def summary(plan: Plan, rows: Rows, last: Path) -> dict[str, Any]:
-    """What a finished run did, by its plan and its last checkpoint; the losses are in nats a learned token."""
-    history = _history(_state(last)["log_history"])
-    used = [plan.rows(number) for number in range(plan.total_bins)]
-    return {
-        "steps": plan.steps,
-        "epochs": plan.total_bins / plan.bins_per_epoch,
-        "tokens": sum(int(rows.lengths[r].sum()) for r in used),
-        "trained_tokens": sum(int(rows.trained[r].sum()) for r in used),
-        "bins": plan.total_bins,
-        "bins_per_step": plan.bins_per_step,
-        "bins_filled": round(plan.filled, 4),
-        "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
-        "history": history,
-    }
-
-
-def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps of a run from Trainer's log."""
-    names = {"loss": "loss", "eval_loss": "held_out_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
-    found = []
-    for entry in log:
-        values = {new: entry[old] for old, new in names.items() if old in entry}
-        if "loss" in values or "held_out_loss" in values:
-            found.append({"step": entry["step"]} | values)
-    return found

@@ -14,7 +14,7 @@ MEASURES = {
 }
 
 
-def _rows(result: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     found = []
     for name, words in MEASURES.items():
         values = [result[side][name] for side in ("base", "tuned")]
@@ -37,9 +37,15 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def _markdown(result: dict[str, Any]) -> str:
     lines = ["# Base against tuned", "", "| | base | tuned |", "| --- | --- | --- |"]
     for words, *values in _rows(result):
-        cells = " | ".join(f"{value:.4g}" if isinstance(value, float) else value for value in values)
+        cells = " | ".join(
+            f"{value:.4g}" if isinstance(value, float) else value for value in values
+        )
         lines.append(f"| {words} | {cells} |")
-    lines += ["", f"{result['held_out_rows']} held-out rows, {result['held_out_tokens']} learned tokens.", ""]
+    lines += [
+        "",
+        f"{result['held_out_rows']} held-out rows, {result['held_out_tokens']} learned tokens.",
+        "",
+    ]
     for number, entry in enumerate(result["answers"], 1):
         lines += [f"## Question {number}", "", _quoted(entry["question"]), ""]
         if entry["reference"]:
@@ -47,7 +53,12 @@ def _markdown(result: dict[str, Any]) -> str:
         for side in ("base", "tuned"):
             said = entry[side]
             ended = "stopped by itself" if said["finish"] == "stop" else "cut off at the limit"
-            lines += [f"{side.capitalize()} ({said['tokens']} tokens, {ended}):", "", _quoted(said["text"]), ""]
+            lines += [
+                f"{side.capitalize()} ({said['tokens']} tokens, {ended}):",
+                "",
+                _quoted(said["text"]),
+                "",
+            ]
     return "\n".join(lines)
 
 

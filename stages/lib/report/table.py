@@ -17,7 +17,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "
         drawn.add_row(*(Text(cell if isinstance(cell, str) else _number(cell)) for cell in row))
     out = Console(file=io.StringIO(), width=100)
     out.print(drawn)
-    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = out.file.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 

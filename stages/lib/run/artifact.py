@@ -32,7 +32,9 @@ class Artifact:
     @property
     def digest(self) -> str:
         """sha256 over the names, sizes and hashes of the files: the identity of the contents."""
-        return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(self.manifest["files"], sort_keys=True).encode()
+        ).hexdigest()
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -147,7 +149,9 @@ def load(folder: Path, deep: bool = False) -> Artifact | None:
     except (ValueError, KeyError, TypeError):
         return None  # cut off while it was written: debris
     if schema != SCHEMA:
-        raise BadData(f"{path} has schema {schema}, this version reads {SCHEMA}; run its stage again with --force")
+        raise BadData(
+            f"{path} has schema {schema}, this version reads {SCHEMA}; run its stage again with --force"
+        )
     for name, entry in files.items():
         _check(folder, name, entry, deep)
     return Artifact(folder, manifest)
@@ -163,9 +167,13 @@ def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
         raise BadData(f"{path} is missing from its artifact; {remedy}")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise BadData(f"{path} has {size} bytes, its manifest says {entry['bytes']}: it is corrupt; {remedy}")
+        raise BadData(
+            f"{path} has {size} bytes, its manifest says {entry['bytes']}: it is corrupt; {remedy}"
+        )
     if deep and sha256(path) != entry["sha256"]:
-        raise BadData(f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}")
+        raise BadData(
+            f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}"
+        )
 
 
 def sha256(path: Path) -> str:

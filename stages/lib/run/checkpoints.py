@@ -95,6 +95,8 @@ def save(
     """
     name = f"checkpoints/step-{number:08d}"
     if artifact.load(run.folder / name) is None:  # write-once
-        made = run.publish(name, source, inputs, {"step": number, "held_out_loss": held_out_loss} | facts)
+        made = run.publish(
+            name, source, inputs, {"step": number, "held_out_loss": held_out_loss} | facts
+        )
         prune(run.folder, made)
     shutil.rmtree(source)

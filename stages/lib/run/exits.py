@@ -114,13 +114,13 @@ class Reported:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> bool:
+    ) -> None:
         if error is None:
-            return False
+            return
         if isinstance(error, click.exceptions.Exit):
             sys.exit(error.exit_code)
         if isinstance(error, SystemExit):
-            return False
+            return
         known = self.classify(error)
         if known is None:
             traceback.print_exception(error)

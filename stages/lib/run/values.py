@@ -1,0 +1,59 @@
+"""What a setting may hold, checked before anything slow is imported."""
+
+import math
+from typing import Any
+
+import click
+
+
+class Number(click.ParamType[Any]):
+    """A finite number within bounds; click's own ranges let NaN through."""
+
+    def __init__(
+        self,
+        kind: type = float,
+        low: float = -math.inf,
+        high: float = math.inf,
+        above: float | None = None,
+    ) -> None:
+        self.kind, self.low, self.high, self.above = kind, low, high, above
+        self.name = "integer" if kind is int else "number"
+
+    def rule(self) -> str:
+        """The bounds in words."""
+        words = [f"above {self.above:g}"] if self.above is not None else []
+        words += [f"at least {self.low:g}"] if self.low > -math.inf else []
+        words += [f"at most {self.high:g}"] if self.high < math.inf else []
+        return " and ".join(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` as a number, or click's usage error."""
+        try:
+            number = self.kind(value)
+        except ValueError:
+            self.fail(
+                f"{value!r} is not {'an' if self.kind is int else 'a'} {self.name}.", param, ctx
+            )
+        bad = not math.isfinite(number) or number < self.low or number > self.high
+        if bad or (self.above is not None and number <= self.above):
+            self.fail(f"{value!r} is not a finite {self.name} {self.rule()}.", param, ctx)
+        return number
+
+
+class Names(click.ParamType[Any]):
+    """Names with commas between them, as a tuple without repeats."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """`value` as a tuple, or click's usage error."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
+        if not all(names):
+            self.fail(
+                f"{value!r} has an empty name; write names with commas between them.", param, ctx
+            )
+        return names

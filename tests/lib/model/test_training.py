@@ -1,0 +1,147 @@
+"""The arithmetic of a step: packing, accumulation, recompute, dropout, resume."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.lib.data.bins import Schedule
+from stages.lib.model import load, training
+from stages.lib.model.loss import held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.run import preemption
+from stages.lib.run.exits import Diverged, TryAgain
+
+RECIPE = {
+    "learning_rate": 1e-2, "schedule": "constant", "warmup": 0, "max_grad_norm": 1.0, "weight_decay": 0,
+    "optimizer": "adamw_torch", "seed": 0,
+}  # fmt: skip
+
+
+def weights(tuned: Any) -> dict[str, torch.Tensor]:
+    """The adapter as it stands."""
+    return {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
+
+
+def run(
+    tuned: Any, rows: Any, capacity: int, per_step: int, scratch: Path, steps: int = 3, **changed: Any
+) -> dict[str, torch.Tensor]:
+    """Train some steps; the adapter afterwards."""
+    precision = changed.pop("precision", "fp32")
+    resume, saved = changed.pop("resume", None), changed.pop("saved", lambda *_: None)
+    plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
+    nothing = type(rows)([])
+    training.train(
+        tuned, plan, rows, nothing, precision, scratch, RECIPE | changed, resume=resume, saved=saved
+    )
+    return weights(tuned)
+
+
+def test_two_steps_of_two_rows_are_one_step_of_four(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = some_rows(14, 10, 12, 8)
+    apart = run(attach(), rows, 24, 2, tmp_path / "a")
+    together = run(attach(), rows, 48, 1, tmp_path / "b")
+    before = weights(attach())
+    for name, tensor in apart.items():
+        torch.testing.assert_close(tensor, together[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(apart[n], before[n]) for n in before)
+
+
+def test_packed_rows_are_blind_to_each_other(
+    attach: Callable[..., Any], some_rows: Callable[..., Any]
+) -> None:
+    rows, tuned = some_rows(5, 17, 1, 9, 30), attach()
+    packed = nll_sum(tuned, lay_out([rows[i] for i in range(len(rows))]))
+    alone = sum(nll_sum(tuned, lay_out([rows[i]])) for i in (0, 1, 3, 4))
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_the_loss_is_that_of_plain_transformers(
+    attach: Callable[..., Any], some_rows: Callable[..., Any]
+) -> None:
+    (ids, mask), tuned = some_rows(23)[0], attach()
+    labels = torch.tensor(np.where(mask, ids, -100))[None]
+    plain = tuned(input_ids=torch.tensor(ids)[None], labels=labels).loss
+    ours = nll_sum(tuned, lay_out([(ids, mask)])) / int(mask[1:].sum())
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_recompute_gives_the_same_gradients(
+    attach: Callable[..., Any], some_rows: Callable[..., Any]
+) -> None:
+    found = []
+    for again in (False, True):
+        tuned = attach(dropout=0.1)
+        if again:
+            load.recompute(tuned)
+        tuned.train()
+        torch.manual_seed(7)
+        nll_sum(tuned, lay_out([some_rows(40)[0]])).backward()
+        found.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_held_out_loss_is_the_mean_over_learned_tokens(
+    attach: Callable[..., Any], some_rows: Callable[..., Any]
+) -> None:
+    rows, tuned = some_rows(12, 30, 7), attach()
+    total = sum(nll_sum(tuned, lay_out([rows[i]])).item() for i in range(3))
+    for capacity in (7, 40, 100):
+        bins = held_out_bins(rows.lengths, capacity)
+        assert sorted(sum(bins, [])) == [0, 1, 2]
+        mean = mean_nll(tuned, "fp32", ([rows[r] for r in b] for b in bins))
+        assert mean == pytest.approx(total / rows.trained.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_resumed_run_is_the_uninterrupted_run(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    """Dropout on, stopped in the middle of an accumulation, to the last bit."""
+    rows = some_rows(*range(8, 28))
+    options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "steps": 6}
+    tuned = attach(precision, dropout=0.1, rank=16)
+    whole = run(tuned, rows, 40, 3, tmp_path / "whole", **options)
+
+    saved: list[Path] = []
+    tuned = attach(precision, dropout=0.1, rank=16)
+    count = 0
+
+    def signal_in_the_thirteenth_bin(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 13:  # the first bin of the fifth step; noticed before its second
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = tuned.register_forward_hook(signal_in_the_thirteenth_bin)
+    preemption.listen()
+    with pytest.raises(TryAgain, match="SIGTERM"):
+        run(tuned, rows, 40, 3, tmp_path / "cut", saved=lambda f, *_: saved.append(f), **options)
+    preemption.listen()
+    hook.remove()
+    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+    tuned = attach(precision, dropout=0.1, rank=16)
+    resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=saved[-1], **options)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    tuned = attach()
+    with torch.no_grad():
+        next(p for n, p in tuned.named_parameters() if "lora_A" in n)[0, 0] = torch.inf
+    before = weights(tuned)
+    with pytest.raises(Diverged, match="not finite"):
+        run(tuned, some_rows(20), 20, 1, tmp_path)
+    for name, tensor in weights(tuned).items():
+        assert torch.equal(tensor, before[name])

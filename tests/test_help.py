@@ -1,0 +1,30 @@
+"""The command line answers at once, and every command says what it does."""
+
+import sys
+import time
+
+import pytest
+
+from tests.conftest import Stages
+
+COMMANDS = ["", "prepare-data", "train", "evaluate", "generate", "merge", "report", "options"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_within_three_tenths_of_a_second(stages: Stages, command: str) -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = stages(*command.split(), "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Usage: python -m stages")
+    assert min(seconds) < 0.3  # the least of five, as other processes may run beside
+
+
+def test_the_command_line_does_not_import_torch() -> None:
+    import subprocess
+
+    code = "import sys, stages.__main__ as m; m._register(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "False"
