@@ -4,21 +4,25 @@ import contextlib
 import json
 import os
 import shutil
-import struct
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Stages, run_stages
+
+from tests.conftest import Stages, clean_environment, run_stages
 
 # What the finished run was made with; its folder is read by every test and changed by none.
 RECIPE = {
-    "MAX_LENGTH": 64, "BASE_PRECISION": "fp32", "LORA_RANK": 4, "LORA_ALPHA": 8, "BATCH_TOKENS": 128, "MAX_STEPS": 2,
-    "OPTIMIZER": "adamw_torch", "VALIDATION_FRACTION": 0.1, "MAX_NEW_TOKENS": 4,
+    "MAX_LENGTH": 64, "BASE_PRECISION": "fp32", "LORA_RANK": 4, "LORA_ALPHA": 8, "BATCH_TOKENS": 128,
+    "MAX_STEPS": 2, "OPTIMIZER": "adamw_torch", "VALIDATION_FRACTION": 0.1, "MAX_NEW_TOKENS": 4,
 }  # fmt: skip
+SHORT = ["--max-length", "64"]  # the tiny model's context is less than the default
 Result = subprocess.CompletedProcess[str]
 
 
@@ -29,16 +33,19 @@ def write_preset(path: Path, **values: object) -> Path:
 
 def sentences(result: Result) -> list[str]:
     """What standard error says to a person: neither JSON lines nor click's two lines about usage."""
-    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("{")]
+    lines = [
+        line for line in result.stderr.splitlines() if line.strip() and not line.startswith("{")
+    ]
     return [line for line in lines if not line.startswith(("Usage: ", "Try '"))]
 
 
-def refused(result: Result, code: int, *words: str, run: Path | None = None) -> None:
-    """One sentence with these words, this exit code, and no trace of work left behind.
+def run_dir_of(result: Result) -> Path | None:
+    args = list(map(str, result.args))
+    return Path(args[args.index("--run-dir") + 1]) if "--run-dir" in args else None
 
-    Args:
-        run: the run directory; looked for among the arguments unless given.
-    """
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """One sentence with these words, this exit code, and no trace of work left behind."""
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert len(sentences(result)) == 1, result.stderr
@@ -46,13 +53,13 @@ def refused(result: Result, code: int, *words: str, run: Path | None = None) -> 
     for word in words:
         assert word in said
     assert result.stdout == ""
-    args = list(map(str, result.args))
-    if run is None and "--run-dir" in args:
-        run = Path(args[args.index("--run-dir") + 1])
+    run = run_dir_of(result)
     if run is not None:
         assert debris(run) == []
         assert not (run / "holder.json").exists()
-    if run is not None and run.is_dir() and "[exit " in said:  # before that, click has not learned of a run
+    if (
+        run is not None and run.is_dir() and "[exit " in said
+    ):  # before that, click has not learned of a run
         recorded = json.loads((run / "error.json").read_text())
         assert recorded["exit"] == code
         assert recorded["message"] in said
@@ -60,7 +67,9 @@ def refused(result: Result, code: int, *words: str, run: Path | None = None) -> 
 
 def debris(run: Path) -> list[str]:
     """Folders of a run that are no whole artifact."""
-    folders = [p for p in run.glob("*") if p.is_dir() and p.name != "checkpoints"] if run.is_dir() else []
+    folders = (
+        [p for p in run.glob("*") if p.is_dir() and p.name != "checkpoints"] if run.is_dir() else []
+    )
     return sorted(p.name for p in [*folders, *run.glob("checkpoints/*")] if not whole(p))
 
 
@@ -106,28 +115,33 @@ def data_run(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-# --- settings and presets -------------------------------------------------------------------------------------------
+# --- settings and presets --------------------------------------------------------------------------
+
+
+WRONG_FLAGS = [
+    (["train", "--learnin-rate", "1e-3"], ["--learnin-rate", "--learning-rate"]),
+    (["trian"], ["trian", "train"]),
+    (["train", "--rank", "0"], ["'0'", "LORA_RANK", "at least 1"]),
+    (["train", "--rank", "1.5"], ["'1.5'", "LORA_RANK", "integer"]),
+    (["train", "--dropout", "1"], ["'1'", "LORA_DROPOUT", "at most 0.99"]),
+    (["train", "--learning-rate", "nan"], ["'nan'", "LEARNING_RATE", "finite"]),
+    (["train", "--learning-rate", "inf"], ["'inf'", "LEARNING_RATE", "finite"]),
+    (["train", "--learning-rate", "-1e-4"], ["'-1e-4'", "LEARNING_RATE", "above 0"]),
+    (
+        ["train", "--base-model", "sample", "--seed", "4294967296"],
+        ["'4294967296'", "SEED", "at most"],
+    ),  # numpy takes 32 bits
+    (["train", "--epochs", "many"], ["'many'", "EPOCHS", "number"]),
+    (["train", "--targets", "q_proj,,v_proj"], ["'q_proj,,v_proj'", "LORA_TARGETS", "empty name"]),
+    (["train", "--base-precision", "fp4"], ["'fp4'", "BASE_PRECISION", "nf4"]),
+    (["train"], ["BASE_MODEL", "--base-model"]),
+    (["prepare-data", "--base-model", "sample"], ["DATASET", "--dataset"]),
+    (["prepare-data", "--dataset", "sample"], ["BASE_MODEL", "--base-model"]),
+]
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["train", "--learnin-rate", "1e-3"], ["--learnin-rate", "--learning-rate"]),
-        (["trian"], ["trian", "train"]),
-        (["train", "--rank", "0"], ["'0'", "LORA_RANK", "at least 1"]),
-        (["train", "--rank", "1.5"], ["'1.5'", "LORA_RANK", "integer"]),
-        (["train", "--dropout", "1"], ["'1'", "LORA_DROPOUT", "at most 0.99"]),
-        (["train", "--learning-rate", "nan"], ["'nan'", "LEARNING_RATE", "finite"]),
-        (["train", "--learning-rate", "inf"], ["'inf'", "LEARNING_RATE", "finite"]),
-        (["train", "--learning-rate", "-1e-4"], ["'-1e-4'", "LEARNING_RATE", "above 0"]),
-        (["train", "--epochs", "many"], ["'many'", "EPOCHS", "number"]),
-        (["train", "--targets", "q_proj,,v_proj"], ["'q_proj,,v_proj'", "LORA_TARGETS", "empty name"]),
-        (["train", "--base-precision", "fp4"], ["'fp4'", "BASE_PRECISION", "nf4"]),
-        (["train"], ["BASE_MODEL", "--base-model"]),
-        (["prepare-data", "--base-model", "sample"], ["DATASET", "--dataset"]),
-        (["prepare-data", "--dataset", "sample"], ["BASE_MODEL", "--base-model"]),
-    ],
-    ids=lambda value: " ".join(value[:3]) if value[0] in {"train", "trian", "prepare-data"} else "",
+    ("args", "words"), WRONG_FLAGS, ids=[" ".join(args) for args, _ in WRONG_FLAGS]
 )
 def test_wrong_flag(stages: Stages, tmp_path: Path, args: list[str], words: list[str]) -> None:
     result = stages(*args, *(["--run-dir", tmp_path / "run"] if len(args) > 1 else []))
@@ -136,8 +150,12 @@ def test_wrong_flag(stages: Stages, tmp_path: Path, args: list[str], words: list
 
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "inf", "-inf", "1e999"])
-def test_number_that_is_not_finite_in_environment_or_preset(stages: Stages, tmp_path: Path, value: str) -> None:
-    refused(stages("train", env={"BASE_MODEL": "sample", "WARMUP": value}), 2, repr(value), "WARMUP")
+def test_number_that_is_not_finite_in_environment_or_preset(
+    stages: Stages, tmp_path: Path, value: str
+) -> None:
+    refused(
+        stages("train", env={"BASE_MODEL": "sample", "WARMUP": value}), 2, repr(value), "WARMUP"
+    )
     path = write_preset(tmp_path / "odd.env", BASE_MODEL="sample", WARMUP=value)
     refused(stages("--env-file", path, "train"), 2, repr(value), "WARMUP")
 
@@ -165,9 +183,22 @@ def test_wrong_preset(stages: Stages, tmp_path: Path, text: str, words: list[str
 
 def test_missing_preset_names_the_nearest(stages: Stages, tmp_path: Path) -> None:
     (tmp_path / "llama2-7b.env").touch()
-    refused(stages("--env-file", tmp_path / "llama-7b.env", "train"), 2, "llama-7b.env", "Did you mean llama2-7b.env?")
+    refused(
+        stages("--env-file", tmp_path / "llama-7b.env", "train"),
+        2,
+        "llama-7b.env",
+        "Did you mean llama2-7b.env?",
+    )
     refused(stages("--env-file", tmp_path / "no" / "folder.env", "train"), 2, "folder.env")
     refused(stages("--env-file", tmp_path, "train"), 2, str(tmp_path))
+
+
+def test_secrets_file_that_is_not_utf8(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "secrets.env").write_bytes(b"HF_TOKEN=hf_canary\xff\n")
+    result = stages("train", "--base-model", "sample")
+    refused(result, 2, "secrets.env", "UTF-8")
+    assert "hf_canary" not in result.stdout + result.stderr
 
 
 def test_make_override_that_is_no_setting(stages: Stages) -> None:
@@ -184,51 +215,66 @@ def test_usage_error_in_a_run_is_recorded(stages: Stages, tmp_path: Path) -> Non
     assert json.loads((run / "error.json").read_text())["exit"] == 2
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------
 
 
 def prepare(stages: Stages, tmp_path: Path, base: Path, dataset: Path | str, **env: str) -> Result:
     args = ["--base-model", base, "--dataset", dataset, "--run-dir", tmp_path / "run"]
-    return stages("prepare-data", *args, env=env)
+    return stages("prepare-data", *args, env={"MAX_LENGTH": "64"} | env)
 
 
 GOOD = '{"text": "### Human: Hi### Assistant: Hello."}\n'
 
 
+BAD_DATA = [
+    ("empty.jsonl", "", ["no row to train on", "0 read"]),
+    ("empty.csv", "", ["no row to train on", "0 read"]),
+    (
+        "blank.jsonl",
+        '{"text": ""}\n{"text": " \\n"}\n',
+        ["no row to train on", "2 read", "2 empty"],
+    ),
+    (
+        "unanswered.jsonl",
+        '{"text": "### Human: Hi"}\n',
+        ["no row to train on", "1 read", "1 no_answer"],
+    ),
+    (
+        "columns.jsonl",
+        GOOD + '{"question": "Hi", "answer": "Ho"}\n',
+        [":2", "`text`", "question, answer"],
+    ),
+    ("columns.csv", "question,answer\nHi,Ho\n", ["row 1", "`text`", "question, answer"]),
+    ("number.jsonl", GOOD + '{"text": 7}\n', [":2", "int", "must be a string"]),
+    ("null.json", '[{"text": null}]', ["row 1", "must be a string"]),
+    ("list.jsonl", '["Hi"]\n', [":1", "list"]),
+    ("cut.jsonl", GOOD + '{"text": "cut o', [":2", "not valid JSON"]),
+    ("cut.json", '[\n{"text": "Hi"},\n{"text": ', [":3", "not valid JSON"]),
+    ("latin.jsonl", '\n{"text": "caf\xe9"}\n', [":2", "not UTF-8"]),
+    ("latin.json", '[{"text": "caf\xe9"}]', ["not UTF-8"]),
+    ("latin.csv", "text\ncaf\xe9\n", ["UTF-8"]),
+    ("half.jsonl", '{"text": "### Human: \\ud83d### Assistant: Hello."}\n', [":1"]),
+    ("cut.parquet", "PAR1 and then nothing", ["parquet"]),
+    ("rows.txt", "Hi\n", [".jsonl", ".csv"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.jsonl", "", ["no row to train on", "0 read"]),
-        ("empty.csv", "", ["no row to train on", "0 read"]),
-        ("head.csv", "text\n", ["no row to train on", "0 read"]),
-        ("blank.jsonl", '{"text": ""}\n{"text": " \\n"}\n', ["no row to train on", "2 read", "2 empty"]),
-        ("unanswered.jsonl", '{"text": "### Human: Hi"}\n', ["no row to train on", "1 read", "1 no_answer"]),
-        ("columns.jsonl", GOOD + '{"question": "Hi", "answer": "Ho"}\n', [":2", "`text`", "question, answer"]),
-        ("columns.csv", "question,answer\nHi,Ho\n", ["row 1", "`text`", "question, answer"]),
-        ("number.jsonl", GOOD + '{"text": 7}\n', [":2", "int", "must be a string"]),
-        ("null.json", '[{"text": null}]', ["row 1", "must be a string"]),
-        ("list.jsonl", '["Hi"]\n', [":1", "list"]),
-        ("cut.jsonl", GOOD + '{"text": "cut o', [":2", "not valid JSON"]),
-        ("cut.json", '[\n{"text": "Hi"},\n{"text": ', [":3", "not valid JSON"]),
-        ("latin.jsonl", '\n{"text": "caf\xe9"}\n', [":2", "not UTF-8"]),
-        ("latin.json", '[{"text": "caf\xe9"}]', ["not UTF-8"]),
-        ("latin.csv", "text\ncaf\xe9\n", ["UTF-8"]),
-        ("half.jsonl", '{"text": "### Human: \\ud83d### Assistant: Hello."}\n', [":1"]),
-        ("cut.parquet", "PAR1 and then nothing", ["parquet"]),
-        ("ragged.csv", 'text,n\n"Hi,1\nHo,2,3,4\n', ["csv"]),
-        ("rows.txt", "Hi\n", [".jsonl", ".csv"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) and value.count(".") == 1 and len(value) < 20 else "",
+    ("name", "content", "words"), BAD_DATA, ids=[name for name, *_ in BAD_DATA]
 )
-def test_bad_data(stages: Stages, tmp_path: Path, tiny: Path, name: str, content: str, words: list[str]) -> None:
+def test_bad_data(
+    stages: Stages, tmp_path: Path, tiny: Path, name: str, content: str, words: list[str]
+) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode("latin-1"))
     refused(prepare(stages, tmp_path, tiny, path), 65, str(path), *words)
 
 
-def test_long_row_with_on_long_error(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
-    result = prepare(stages, tmp_path, tiny, rows, MAX_LENGTH="40", ON_LONG="error")
-    refused(result, 65, f"{rows}:4 has ", "MAX_LENGTH is 40", "ON_LONG=truncate")
+def test_long_row_with_on_long_error(stages: Stages, tmp_path: Path, tiny: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(GOOD + GOOD.replace("Hello", "Hello, " * 20))
+    result = prepare(stages, tmp_path, tiny, path, MAX_LENGTH="40", ON_LONG="error")
+    refused(result, 65, f"{path}:2 has ", "MAX_LENGTH is 40", "ON_LONG=truncate")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such/folder", "empty", "none*.jsonl"])
@@ -237,23 +283,67 @@ def test_missing_data(stages: Stages, tmp_path: Path, tiny: Path, name: str) -> 
     refused(prepare(stages, tmp_path, tiny, tmp_path / name), 66, str(tmp_path / name))
 
 
-# --- the base model -------------------------------------------------------------------------------------------------
+def test_link_to_nowhere_among_the_data(stages: Stages, tmp_path: Path, tiny: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "gone.jsonl").symlink_to(tmp_path / "moved away")
+    refused(prepare(stages, tmp_path, tiny, folder), 66, str(folder / "gone.jsonl"))
+
+
+def without_root_powers(tmp_path: Path, *args: str | Path) -> Result:
+    """Run a command to which file permissions apply, whoever runs the tests."""
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            warnings.warn(
+                "not tested: root is bound by no permission, and there is no setpriv", stacklevel=1
+            )
+            pytest.skip("no setpriv")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "stages", *map(str, args)],
+        env=clean_environment(tmp_path), cwd=tmp_path, input="",
+        text=True, capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_data_that_may_not_be_read(tmp_path: Path, tiny: Path) -> None:
+    """It is not the run directory that is at fault, so 73 and its advice would mislead."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD)
+    path.chmod(0)
+    args = ["prepare-data", "--base-model", tiny, *SHORT, "--run-dir", tmp_path / "run"]
+    refused(without_root_powers(tmp_path, *args, "--dataset", path), 77, str(path), "read")
+
+
+# --- the base model --------------------------------------------------------------------------------
 
 
 def changed_base(tiny: Path, folder: Path, weights: bool = False, **config: Any) -> Path:
     """A copy of the tiny model with another config."""
-    shutil.copytree(tiny, folder, ignore=None if weights else shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        tiny, folder, ignore=None if weights else shutil.ignore_patterns("*.safetensors")
+    )
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return folder
 
 
 def test_missing_base_model(stages: Stages, tmp_path: Path, rows: Path) -> None:
-    refused(prepare(stages, tmp_path, tmp_path / "no-model", rows), 66, str(tmp_path / "no-model"), "hub id")
+    refused(
+        prepare(stages, tmp_path, tmp_path / "no-model", rows),
+        66,
+        str(tmp_path / "no-model"),
+        "hub id",
+    )
 
 
-def test_base_that_needs_its_own_code(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
-    base = changed_base(tiny, tmp_path / "base", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+def test_base_that_needs_its_own_code(
+    stages: Stages, tmp_path: Path, tiny: Path, rows: Path
+) -> None:
+    base = changed_base(
+        tiny, tmp_path / "base", auto_map={"AutoModelForCausalLM": "modeling.Model"}
+    )
     refused(prepare(stages, tmp_path, base, rows), 78, str(base), "code of its own", "another base")
 
 
@@ -283,49 +373,29 @@ def test_tokenizer_that_is_missing_or_cut_off(
     refused(prepare(stages, tmp_path, base, rows), 65, str(base), "tokenizer")
 
 
-def test_vocabulary_beyond_the_embeddings(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
+def test_vocabulary_beyond_the_embeddings(
+    stages: Stages, tmp_path: Path, tiny: Path, rows: Path
+) -> None:
     base = changed_base(tiny, tmp_path / "base", vocab_size=100)
     refused(prepare(stages, tmp_path, base, rows), 65, "49152", "100")
 
 
-def test_max_length_over_the_context(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
+def test_max_length_over_the_context(
+    stages: Stages, tmp_path: Path, tiny: Path, rows: Path
+) -> None:
     refused(prepare(stages, tmp_path, tiny, rows, MAX_LENGTH="513"), 2, "MAX_LENGTH 513", "512")
 
 
-def test_weights_that_are_no_safetensors(stages: Stages, preset: Path, data_run: Path, tiny: Path) -> None:
+def test_weights_that_are_no_safetensors(
+    stages: Stages, preset: Path, data_run: Path, tiny: Path
+) -> None:
     base = changed_base(tiny, data_run.parent / "base")
     (base / "pytorch_model.bin").write_bytes(b"pickle")
     result = stages("--env-file", preset, "train", "--base-model", base, "--run-dir", data_run)
     refused(result, 65, str(base), "safetensors")
 
 
-def test_weights_that_are_cut_off(stages: Stages, tmp_path: Path, preset: Path, tiny: Path) -> None:
-    base = changed_base(tiny, tmp_path / "base", weights=True)
-    (path,) = base.glob("*.safetensors")
-    os.truncate(path, path.stat().st_size - 1000)
-    prepared_then_refused(stages, preset, base, tmp_path / "run", str(base))
-
-
-def test_weights_with_fewer_layers_than_the_config(stages: Stages, tmp_path: Path, preset: Path, tiny: Path) -> None:
-    base = changed_base(tiny, tmp_path / "base", weights=True, num_hidden_layers=3)
-    prepared_then_refused(stages, preset, base, tmp_path / "run", str(base), "lack 9 tensors", "layers.2.")
-
-
-def test_weights_of_another_shape_than_the_config(stages: Stages, tmp_path: Path, preset: Path, tiny: Path) -> None:
-    base = changed_base(tiny, tmp_path / "base", weights=True, intermediate_size=256)
-    prepared_then_refused(stages, preset, base, tmp_path / "run", str(base))
-
-
-def prepared_then_refused(stages: Stages, preset: Path, base: Path, run: Path, *words: str) -> None:
-    """The tokenizer is good, so that data is prepared; the weights are not."""
-    args = ["--base-model", base, "--run-dir", run]
-    result = stages("--env-file", preset, "prepare-data", *args)
-    assert result.returncode == 0, result.stderr
-    refused(stages("--env-file", preset, "train", *args), 65, *words)
-    assert not (run / "adapter").exists()
-
-
-# --- the run directory ----------------------------------------------------------------------------------------------
+# --- the run directory -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -333,7 +403,10 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system of its own, which binds root too."""
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         warnings.warn(f"not tested, mount refused: {done.stderr.strip()}", stacklevel=1)
@@ -350,14 +423,55 @@ def test_file_in_the_way_of_the_run_directory(
 ) -> None:
     (tmp_path / "file").write_text("mine\n")
     run = tmp_path / "file" / below
-    result = stages("prepare-data", "--base-model", tiny, "--dataset", rows, "--run-dir", run)
+    result = stages(
+        "prepare-data", "--base-model", tiny, "--dataset", rows, *SHORT, "--run-dir", run
+    )
     refused(result, 73, str(run))
     assert (tmp_path / "file").read_text() == "mine\n"
 
 
+def test_file_in_the_way_of_an_artifact(
+    stages: Stages, tmp_path: Path, tiny: Path, rows: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").write_text("mine\n")
+    refused(prepare(stages, tmp_path, tiny, rows), 73, str(tmp_path / "run" / "data"))
+
+
+def test_file_in_the_way_of_scratch(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
+    (tmp_path / "file").write_text("mine\n")
+    result = prepare(stages, tmp_path, tiny, rows, SCRATCH_DIR=str(tmp_path / "file"))
+    refused(result, 73, str(tmp_path / "file"), "SCRATCH_DIR")
+
+
+def test_run_directory_that_may_not_be_written(tmp_path: Path, tiny: Path, rows: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o555)
+    args = [
+        "prepare-data",
+        "--base-model",
+        tiny,
+        "--dataset",
+        rows,
+        *SHORT,
+        "--run-dir",
+        folder / "run",
+    ]
+    refused(without_root_powers(tmp_path, *args), 73, str(folder / "run"), "RUN_DIR")
+
+
 def test_read_only_run_directory(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     with mounted(tmp_path / "volume", "ro,size=1m") as volume:
-        result = stages("prepare-data", "--base-model", tiny, "--dataset", rows, "--run-dir", volume / "run")
+        result = stages(
+            "prepare-data",
+            "--base-model",
+            tiny,
+            "--dataset",
+            rows,
+            *SHORT,
+            "--run-dir",
+            volume / "run",
+        )
         refused(result, 73, str(volume / "run"), "RUN_DIR")
 
 
@@ -367,7 +481,16 @@ def test_run_directory_that_became_read_only(
     with mounted(tmp_path / "volume", "size=1m") as volume:
         (volume / "run").mkdir()
         subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
-        result = stages("prepare-data", "--base-model", tiny, "--dataset", rows, "--run-dir", volume / "run")
+        result = stages(
+            "prepare-data",
+            "--base-model",
+            tiny,
+            "--dataset",
+            rows,
+            *SHORT,
+            "--run-dir",
+            volume / "run",
+        )
     assert result.returncode == 73, result.stderr
     assert "Traceback" not in result.stderr
     assert str(volume) in sentences(result)[0]
@@ -376,9 +499,14 @@ def test_run_directory_that_became_read_only(
 def test_full_volume_and_then_room(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     with mounted(tmp_path / "volume", "size=16k") as volume:
         run = volume / "run"
-        args = ["prepare-data", "--base-model", tiny, "--dataset", rows, "--run-dir", run]
+        args = ["prepare-data", "--base-model", tiny, "--dataset", rows, *SHORT, "--run-dir", run]
         result = stages(*args)
-        refused(result, 73, str(run / "data"), "No space left")
+        assert result.returncode == 73, result.stderr
+        assert "Traceback" not in result.stderr
+        (said,) = sentences(result)
+        assert str(run / "data") in said
+        assert "No space left" in said
+        assert not (run / "data" / "manifest.json").exists()  # what else there is, is debris
         subprocess.run(["mount", "-o", "remount,size=1m", str(volume)], check=True)
         again = stages(*args)
         assert again.returncode == 0, again.stderr
@@ -393,15 +521,7 @@ def test_full_scratch(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) ->
         assert list(small.iterdir()) == []
 
 
-def test_scratch_that_fills_while_training(stages: Stages, tmp_path: Path, preset: Path, data_run: Path) -> None:
-    with mounted(tmp_path / "small", "size=16k") as small:
-        args = ["--env-file", preset, "train", "--run-dir", data_run]
-        result = stages(*args, env={"SCRATCH_DIR": str(small)})
-        refused(result, 73, "SCRATCH_DIR")
-        assert list(small.iterdir()) == []
-
-
-# --- what one stage leaves to the next ------------------------------------------------------------------------------
+# --- what one stage leaves to the next -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,18 +529,31 @@ def test_scratch_that_fills_while_training(stages: Stages, tmp_path: Path, prese
     [("train", "prepare-data"), ("evaluate", "train"), ("generate", "train"), ("merge", "train"),
      ("report", "prepare-data")],
 )  # fmt: skip
-def test_stage_before_its_input(stages: Stages, tmp_path: Path, preset: Path, stage: str, first: str) -> None:
+def test_stage_before_its_input(
+    stages: Stages, tmp_path: Path, preset: Path, stage: str, first: str
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     asked = ["--prompt", "Hi"] if stage == "generate" else []
-    refused(stages("--env-file", preset, stage, *asked, "--run-dir", run), 66, str(run), f"run `{first}` first")
+    refused(
+        stages("--env-file", preset, stage, *asked, "--run-dir", run),
+        66,
+        str(run),
+        f"run `{first}` first",
+    )
 
 
 def test_cut_off_file_in_data(stages: Stages, preset: Path, run: Path) -> None:
     path = run / "data" / "train.arrow"
     os.truncate(path, path.stat().st_size - 8)
     for stage in ("train", "evaluate"):
-        refused(stages("--env-file", preset, stage, "--run-dir", run), 65, str(path), "corrupt", "--force")
+        refused(
+            stages("--env-file", preset, stage, "--run-dir", run),
+            65,
+            str(path),
+            "corrupt",
+            "--force",
+        )
 
 
 def test_file_gone_from_data(stages: Stages, preset: Path, run: Path) -> None:
@@ -468,7 +601,9 @@ def test_debris_is_no_input(stages: Stages, preset: Path, run: Path) -> None:
 
 
 def test_stale_data(stages: Stages, tmp_path: Path, tiny: Path, rows: Path, run: Path) -> None:
-    other = write_preset(tmp_path / "other.env", BASE_MODEL=tiny, DATASET=rows, **(RECIPE | {"MAX_LENGTH": 32}))
+    other = write_preset(
+        tmp_path / "other.env", BASE_MODEL=tiny, DATASET=rows, **(RECIPE | {"MAX_LENGTH": 32})
+    )
     args = ["--env-file", other, "train", "--run-dir", run]
     refused(stages(*args), 78, str(run / "data"), "MAX_LENGTH was 64, is now 32", "--allow-stale")
     accepted = stages(*args, "--allow-stale")
@@ -495,62 +630,154 @@ def test_checkpoints_that_belong_to_other_settings(stages: Stages, preset: Path,
     refused(result, 78, "step-", "LORA_RANK was 4, is now 8", "--force")
 
 
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def other_base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the same shape with other weights: a tensor's bytes in reverse."""
-    base = changed_base(tiny, tmp_path_factory.mktemp("models") / "other", weights=True)
-    (path,) = base.glob("*.safetensors")
-    content = path.read_bytes()
-    (header,) = struct.unpack("<Q", content[:8])
-    path.write_bytes(content[: 8 + header] + content[: 7 + header : -2] + content[: 8 + header : -1][1::2])
-    return base
-
-
-def test_data_of_another_base(stages: Stages, preset: Path, data_run: Path, other_base: Path) -> None:
-    result = stages("--env-file", preset, "train", "--base-model", other_base, "--run-dir", data_run)
+def test_data_of_another_base(
+    stages: Stages, preset: Path, data_run: Path, bases: dict[str, Path]
+) -> None:
+    result = stages(
+        "--env-file", preset, "train", "--base-model", bases["other"], "--run-dir", data_run
+    )
     refused(result, 78, str(data_run / "data"), "stale", "base was", "is now", "--allow-stale")
 
 
-def test_init_adapter_of_another_base(
-    stages: Stages, tmp_path: Path, preset: Path, finished: Path, other_base: Path
-) -> None:
-    args = ["--base-model", other_base, "--run-dir", tmp_path / "run"]
-    result = stages("--env-file", preset, "prepare-data", *args)
-    assert result.returncode == 0, result.stderr
-    result = stages("--env-file", preset, "train", *args, "--init-adapter", finished)
-    refused(result, 65, str(finished / "adapter"), "another base")
-
-
-def test_init_adapter_of_another_rank(stages: Stages, preset: Path, data_run: Path, finished: Path) -> None:
-    args = ["train", "--rank", "8", "--init-adapter", finished, "--run-dir", data_run]
-    refused(stages("--env-file", preset, *args), 2, "LORA_RANK=4", "8", "agree")
-
-
 def test_missing_init_adapter(stages: Stages, preset: Path, data_run: Path) -> None:
-    result = stages("--env-file", preset, "train", "--init-adapter", data_run / "none", "--run-dir", data_run)
-    refused(result, 66, str(data_run / "none"), "INIT_ADAPTER")
+    result = stages(
+        "--env-file", preset, "train", "--init-adapter", data_run / "none", "--run-dir", data_run
+    )
+    refused(result, 66, str(data_run / "none"), "adapter")
 
 
-def test_targets_that_name_no_module(stages: Stages, preset: Path, data_run: Path) -> None:
-    result = stages("--env-file", preset, "train", "--targets", "q_proj,query", "--run-dir", data_run)
-    refused(result, 2, "LORA_TARGETS", "query", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+# --- training: these load torch, so they run two at a time behind the other tests ------------------
 
 
-@pytest.mark.parametrize(
-    ("micro", "words"),
-    [("100", ["BATCH_TOKENS 128", "no multiple of MICRO_BATCH_TOKENS 100"]),
-     ("32", ["MICRO_BATCH_TOKENS 32", "longest row", "raise it"])],
-    ids=["does not divide", "less than the longest row"],
-)  # fmt: skip
-def test_micro_batch(stages: Stages, preset: Path, data_run: Path, micro: str, words: list[str]) -> None:
-    result = stages("--env-file", preset, "train", "--micro-batch-tokens", micro, "--run-dir", data_run)
-    refused(result, 2, *words)
+@dataclass(frozen=True)
+class Training:
+    """A `train` that must fail: with `args`, in a finished data folder of `base`, for the reason in `words`.
+
+    In `args` and `words`, {finished} is the finished run, {base} the base model's folder.
+    """
+
+    code: int
+    words: list[str]
+    args: list[str] = field(default_factory=list)
+    base: str = "tiny"
 
 
-# --- generation -----------------------------------------------------------------------------------------------------
+MODULES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+TRAININGS = {
+    "targets that name no module": Training(
+        2, ["LORA_TARGETS", "query", MODULES], ["--targets", "q_proj,query"]
+    ),
+    "bin that does not divide a step": Training(
+        2,
+        ["BATCH_TOKENS 128", "no multiple of MICRO_BATCH_TOKENS 100"],
+        ["--micro-batch-tokens", "100"],
+    ),
+    "bin that is less than the longest row": Training(
+        2, ["MICRO_BATCH_TOKENS 32", "longest row", "raise it"], ["--micro-batch-tokens", "32"]
+    ),
+    "adapter of another rank": Training(
+        2,
+        ["{finished}", "LORA_RANK=4", "8", "agree"],
+        ["--rank", "8", "--init-adapter", "{finished}"],
+    ),
+    "adapter of another base": Training(
+        65, ["{finished}", "another base"], ["--init-adapter", "{finished}"], base="other"
+    ),
+    "weights that are cut off": Training(65, ["{base}", "fetch it again"], base="cut"),
+    "weights of fewer layers": Training(
+        65, ["{base}", "lack 9 tensors", "layers.2."], base="layers"
+    ),
+    "weights of another shape": Training(65, ["{base}"], base="shape"),
+    "scratch that fills": Training(73, ["SCRATCH_DIR"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model and what it may be spoiled to."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("bases")
+    made = {name: changed_base(tiny, folder / name, weights=True) for name in ("other", "cut")}
+    made["layers"] = changed_base(tiny, folder / "layers", weights=True, num_hidden_layers=3)
+    made["shape"] = changed_base(tiny, folder / "shape", weights=True, intermediate_size=256)
+    weights = made["other"] / "model.safetensors"
+    save_file(
+        {name: 2 * tensor for name, tensor in load_file(weights).items()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    os.truncate(made["cut"] / "model.safetensors", weights.stat().st_size - 1000)
+    return {"tiny": tiny} | made
+
+
+def refused_training(
+    case: Training, folder: Path, preset: Path, finished: Path, base: Path
+) -> Result:
+    """Run a case in its own folder."""
+    common = ["--base-model", base, "--run-dir", folder / "run"]
+    if case.base == "tiny":
+        shutil.copytree(finished / "data", folder / "run" / "data")
+    else:  # its tokenizer is good, so that data is prepared
+        prepared = run_stages(folder, "--env-file", preset, "prepare-data", *common)
+        assert prepared.returncode == 0, prepared.stderr
+    args = [arg.format(finished=finished) for arg in case.args]
+    with (
+        mounted(folder / "small", "size=16k")
+        if case.code == 73
+        else contextlib.nullcontext() as small
+    ):
+        env = {"OMP_NUM_THREADS": "1"} | ({"SCRATCH_DIR": str(small)} if small else {})
+        result = run_stages(folder, "--env-file", preset, "train", *common, *args, env=env)
+        assert not small or list(small.iterdir()) == []
+    return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trainings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[Result]"]]:
+    """The cases that were selected, running since the first test of this file."""
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = [
+        f.callspec.params["name"] for f in functions if f.originalname == "test_training_is_refused"
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        if names:
+            preset, finished, bases = map(request.getfixturevalue, ("preset", "finished", "bases"))
+        yield {
+            name: pool.submit(
+                refused_training,
+                case,
+                tmp_path_factory.mktemp("training"),
+                preset,
+                finished,
+                bases[case.base],
+            )
+            for name, case in TRAININGS.items()
+            if name in names
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_is_refused(
+    trainings: dict[str, "Future[Result]"], finished: Path, bases: dict[str, Path], name: str
+) -> None:
+    case = TRAININGS[name]
+    result = trainings[name].result()
+    refused(
+        result,
+        case.code,
+        *(word.format(finished=finished, base=bases[case.base]) for word in case.words),
+    )
+    run = run_dir_of(result)
+    assert run is not None
+    assert not (run / "adapter").exists()
+    assert list((run.parent / "scratch").iterdir()) == []
+
+
+# --- generation ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", ["", "  \n"])
@@ -566,21 +793,29 @@ def test_prompt_and_prompts_file(stages: Stages, tmp_path: Path, preset: Path, r
     refused(result, 2, "PROMPT", "PROMPTS_FILE", "leave one out")
 
 
+BAD_PROMPTS = [
+    ("empty.txt", "", ["no prompt"]),
+    ("blank.txt", "\n \n", ["no prompt"]),
+    ("empty.jsonl", "", ["no prompt"]),
+    ("column.jsonl", '{"prompt": "Hi"}\n{"text": "Hi"}\n', [":2", "`prompt`"]),
+    ("cut.jsonl", '{"prompt": "Hi', [":1", "`prompt`"]),
+    ("blank.jsonl", '{"prompt": " "}\n', [":1", "empty `prompt`"]),
+    ("latin.txt", "caf\xe9\n", ["not UTF-8"]),
+    ("half.jsonl", '{"prompt": "\\ud83d"}\n', [":1"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.txt", "", ["no prompt"]),
-        ("blank.txt", "\n \n", ["no prompt"]),
-        ("empty.jsonl", "", ["no prompt"]),
-        ("column.jsonl", '{"prompt": "Hi"}\n{"text": "Hi"}\n', [":2", "`prompt`"]),
-        ("cut.jsonl", '{"prompt": "Hi', [":1", "`prompt`"]),
-        ("blank.jsonl", '{"prompt": " "}\n', [":1", "empty `prompt`"]),
-        ("latin.txt", "caf\xe9\n", ["not UTF-8"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) and value.endswith((".txt", ".jsonl")) else "",
+    ("name", "content", "words"), BAD_PROMPTS, ids=[name for name, *_ in BAD_PROMPTS]
 )
 def test_bad_prompts_file(
-    stages: Stages, tmp_path: Path, preset: Path, run: Path, name: str, content: str, words: list[str]
+    stages: Stages,
+    tmp_path: Path,
+    preset: Path,
+    run: Path,
+    name: str,
+    content: str,
+    words: list[str],
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode("latin-1"))
@@ -588,8 +823,17 @@ def test_bad_prompts_file(
     refused(result, 65, str(path), *words)
 
 
+def test_prompt_that_is_not_utf8(stages: Stages, preset: Path, run: Path) -> None:
+    result = stages(
+        "--env-file", preset, "generate", "--prompt", os.fsdecode(b"caf\xe9"), "--run-dir", run
+    )
+    refused(result, 2, "PROMPT", "UTF-8")
+
+
 def test_missing_prompts_file(stages: Stages, tmp_path: Path, preset: Path, run: Path) -> None:
-    result = stages("--env-file", preset, "generate", "--prompts-file", tmp_path / "none.txt", "--run-dir", run)
+    result = stages(
+        "--env-file", preset, "generate", "--prompts-file", tmp_path / "none.txt", "--run-dir", run
+    )
     refused(result, 66, str(tmp_path / "none.txt"))
 
 

@@ -75,6 +75,11 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             f"the weights of {base.name} lack {len(absent)} tensors of its config, {absent[0]} first; "
             "fetch it again"
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes repacks a 4-bit weight in the first evaluation, with its scales rounded to
+            # bf16, and training goes on from another base than it began with.
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache would hide that rows are packed
     return model.eval()

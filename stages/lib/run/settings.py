@@ -6,6 +6,7 @@ Precedence: flag > environment > preset (`--env-file FILE`, read with python-dot
 import difflib
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -150,14 +151,11 @@ def check_make_overrides(declared: Iterable[str]) -> None:
         "PYTHON",
         "CACHE_DIR",
     }
-    _, _, overrides = f" {os.environ.get('MAKEFLAGS', '')} ".partition(" -- ")
-    for word in overrides.split():
+    _, _, overrides = f" {os.environ.get('MAKEFLAGS', '')}".partition(" -- ")
+    for word in re.split(r"(?<!\\)\s", overrides):  # make escapes the blanks inside a value
         name, equals, _ = word.partition("=")
-        # A value with spaces is split here too; its later words hold no name in capitals.
-        if equals and name.replace("_", "").isalpha() and name.isupper() and name not in known:
-            raise BadSetting(
-                f"make was given {name}, which is no setting.{did_you_mean(name, known)}"
-            )
+        if equals and name not in known:
+            raise BadSetting(f"make was given {name}, which is no setting.{did_you_mean(name, known)}")
 
 
 def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:

@@ -33,9 +33,9 @@ def run(
     precision = changed.pop("precision", "fp32")
     resume, saved = changed.pop("resume", None), changed.pop("saved", lambda *_: None)
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
-    nothing = type(rows)([])
+    held_out = type(rows)(rows.rows[:2])
     training.train(
-        tuned, plan, rows, nothing, precision, scratch, RECIPE | changed, resume=resume, saved=saved
+        tuned, plan, rows, held_out, precision, scratch, RECIPE | changed, resume=resume, saved=saved
     )
     return weights(tuned)
 
@@ -104,7 +104,7 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(
 def test_a_resumed_run_is_the_uninterrupted_run(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, optimizer: str, precision: str
 ) -> None:
-    """Dropout on, stopped in the middle of an accumulation, to the last bit."""
+    """Dropout on, evaluated on the way, stopped in the middle of an accumulation, to the last bit."""
     rows = some_rows(*range(8, 28))
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "steps": 6}
     tuned = attach(precision, dropout=0.1, rank=16)
@@ -114,13 +114,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     tuned = attach(precision, dropout=0.1, rank=16)
     count = 0
 
-    def signal_in_the_thirteenth_bin(*_: object) -> None:
+    def signal_in_the_fifth_step(*_: object) -> None:
         nonlocal count
         count += 1
-        if count == 13:  # the first bin of the fifth step; noticed before its second
+        if count == 15:  # after four steps and two evaluations; noticed before the next bin
             signal.raise_signal(signal.SIGTERM)
 
-    hook = tuned.register_forward_hook(signal_in_the_thirteenth_bin)
+    hook = tuned.register_forward_hook(signal_in_the_fifth_step)
     preemption.listen()
     with pytest.raises(TryAgain, match="SIGTERM"):
         run(tuned, rows, 40, 3, tmp_path / "cut", saved=lambda f, *_: saved.append(f), **options)

@@ -1,0 +1,81 @@
+"""Whole or absent, with a manifest that tells."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from stages.lib.run import artifact
+from stages.lib.run.exits import BadData
+
+FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> artifact.Artifact:
+    """A small artifact with a folder in it."""
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "a.bin").write_bytes(os.urandom(9 << 20))
+    (source / "inner" / "b.txt").write_text("b")
+    (source / "a.bin").chmod(0o600)  # as safetensors leaves it
+    return artifact.publish(source, tmp_path / "target", FACTS)
+
+
+def test_published_is_what_was_made(made: artifact.Artifact) -> None:
+    found = artifact.load(made.path, deep=True)
+    assert found is not None
+    assert found.manifest == made.manifest
+    assert found.digest == made.digest
+    names = sorted(p.relative_to(made.path).as_posix() for p in made.path.rglob("*") if p.is_file())
+    assert names == ["a.bin", "inner/b.txt", "manifest.json"]
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in names:
+        assert stat.S_IMODE((made.path / name).stat().st_mode) == 0o666 & ~umask
+
+
+def test_without_a_manifest_it_is_debris(made: artifact.Artifact) -> None:
+    path = made.path / "manifest.json"
+    whole = path.read_text()
+    for cut in ("", whole[:50], "[]", "null"):
+        path.write_text(cut)
+        assert artifact.load(made.path) is None
+    path.unlink()
+    assert artifact.load(made.path) is None
+
+
+def test_damage_is_named(made: artifact.Artifact) -> None:
+    path = made.path / "a.bin"
+    content = bytearray(path.read_bytes())
+    content[5_000_000] ^= 1
+    path.write_bytes(content)
+    assert artifact.load(made.path) is not None  # the size is right
+    with pytest.raises(BadData, match=r"a\.bin.*sha256"):
+        artifact.load(made.path, deep=True)
+    path.write_bytes(content[:-1])
+    with pytest.raises(BadData, match=r"a\.bin has 9437183 bytes"):
+        artifact.load(made.path)
+    path.unlink()
+    with pytest.raises(BadData, match=r"a\.bin is missing"):
+        artifact.load(made.path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "inner/../../outside"])
+def test_names_stay_inside(made: artifact.Artifact, name: str) -> None:
+    path = made.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": ""}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BadData, match="leaves the artifact"):
+        artifact.load(made.path)
+
+
+def test_a_new_one_replaces_the_old_one_whole(made: artifact.Artifact, tmp_path: Path) -> None:
+    source = tmp_path / "other"
+    source.mkdir()
+    (source / "c.txt").write_text("c")
+    artifact.publish(source, made.path, FACTS)
+    assert sorted(path.name for path in made.path.iterdir()) == ["c.txt", "manifest.json"]

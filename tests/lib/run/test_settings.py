@@ -1,0 +1,82 @@
+"""Flag over environment over preset over default, and nothing that nobody declared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Stages
+
+BASE = ["--base-model", "sample", "--dataset", "sample"]
+
+
+def announced(stages: Stages, *args: str, **options: object) -> str:
+    """The first line of a command that then fails on its missing input."""
+    done = stages(*args, **options)
+    return str(json.loads(done.stderr.splitlines()[0])["message"])
+
+
+def test_precedence_and_origins(stages: Stages, tmp_path: Path, rows: Path) -> None:
+    preset = tmp_path / "a.env"
+    preset.write_text(f"BASE_MODEL=sample\nDATASET={rows}\nMAX_LENGTH=100\nSEED=1\nLOSS_ON='all' # x\n")
+    env = {"SEED": "2", "MAX_LENGTH": "90", "MAX_ROWS": ""}
+    args = ("--env-file", str(preset), "prepare-data", "--max-length", "80", "--run-dir", "run")
+    done = stages(*args, env=env)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())["settings"]
+    assert settings["MAX_LENGTH"] == {"value": 80, "from": "flag"}
+    assert settings["SEED"] == {"value": 2, "from": "environment"}
+    assert settings["LOSS_ON"] == {"value": "all", "from": "preset"}
+    assert settings["MAX_ROWS"] == {"value": None, "from": "default"}  # empty is unset
+    assert "RUN_DIR" not in settings
+    message = json.loads(done.stderr.splitlines()[0])["message"]
+    assert "SEED='2' from the environment" in message
+    assert "MAX_LENGTH='80' from the flag" in message
+    assert "LOSS_ON" not in message
+
+
+def test_a_stray_variable_is_seen(stages: Stages) -> None:
+    args = ("train", "--base-model", "sample", "--run-dir", "run")
+    assert "SEED='7' from the environment" in announced(stages, *args, env={"SEED": "7"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--jobs=2 -- LEARNIN_RATE=1 PRESET=x", "LEARNIN_RATE"),
+        ("k -- MAX_ROWS=3 PROMPT=What\\ is\\ X=1\\ and\\ Y=2?", None),
+        ("w", None),
+    ],
+)
+def test_make_does_not_swallow_a_misspelt_name(
+    stages: Stages, flags: str, refused: str | None
+) -> None:
+    done = stages("report", "--run-dir", "none", env={"MAKEFLAGS": flags})
+    if refused:
+        assert done.returncode == 2
+        assert f"make was given {refused}" in done.stderr
+        assert "LEARNING_RATE" in done.stderr
+    else:
+        assert done.returncode == 66, done.stderr
+
+
+def test_every_preset_parses(stages: Stages) -> None:
+    presets = sorted((Path(__file__).parents[3] / "env").glob("*.env"))
+    assert len(presets) >= 3
+    for preset in presets:
+        done = stages("--env-file", str(preset), "train", "--run-dir", "none")
+        assert done.returncode == 66, done.stderr  # no data yet, but every value was taken
+        assert "prepare-data" in done.stderr
+
+
+def test_a_secret_from_a_file_reaches_the_libraries_and_no_artifact(
+    stages: Stages, tmp_path: Path, rows: Path
+) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "secrets.env").write_text("HF_TOKEN=hf_canary\n")
+    done = stages("prepare-data", *BASE[:2], "--dataset", str(rows), "--run-dir", "run")
+    assert done.returncode == 0, done.stderr
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"hf_canary" in path.read_bytes() for path in written)
+    assert "hf_canary" not in done.stderr + done.stdout

@@ -1,0 +1,317 @@
+"""The five stages on a real model, and what others can do with what they leave."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REAL_ROWS, ROOT, clean_environment, run_stages
+
+SMOKE = ("--env-file", str(ROOT / "env" / "smoke.env"))
+STAGES = ("prepare-data", "train", "evaluate", "merge")
+FILES = {
+    "data": {"train.arrow", "held_out.arrow", "prompts.jsonl", "prompt_format.json"},
+    "adapter": {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "prompt_format.json", "last/adapter_model.safetensors",
+        "last/adapter_config.json",
+    },
+    "evaluation": {"evaluation.json", "evaluation.md"},
+    "merged": {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smoke(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the preset `smoke` on the embedded model."""
+    folder = tmp_path_factory.mktemp("smoke")
+    for stage in STAGES:
+        done = run_stages(folder, *SMOKE, stage, "--run-dir", "run")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def manifest(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "manifest.json").read_text()))
+
+
+def test_every_artifact_is_whole_and_says_what_made_it(smoke: Path) -> None:
+    for name, expected in FILES.items():
+        folder = smoke / "run" / name
+        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert found == expected | {"manifest.json"}
+        made = manifest(folder)
+        assert made["files"].keys() == expected
+        assert {"stage", "inputs", "settings", "metrics", "versions", "wall_seconds"} <= made.keys()
+        for file, entry in made["files"].items():
+            assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == entry["sha256"]
+    assert not list((smoke / "scratch").iterdir())
+    assert {p.name for p in (smoke / "run").iterdir()} == {*FILES, "checkpoints"}
+
+
+def test_a_rerun_with_nothing_changed_says_so_within_two_seconds(smoke: Path) -> None:
+    for stage in STAGES:
+        began = time.perf_counter()
+        done = run_stages(
+            smoke, *SMOKE, stage, "--run-dir", "run", env={"PYTHONPROFILEIMPORTTIME": "1"}
+        )
+        seconds = time.perf_counter() - began
+        assert done.returncode == 0, done.stderr
+        assert "finished and nothing changed" in done.stderr
+        assert " torch\n" not in done.stderr
+        assert seconds < 2
+
+
+def test_verify_hashes_again_and_force_makes_anew(smoke: Path) -> None:
+    path = smoke / "run" / "evaluation" / "evaluation.md"
+    before = (smoke / "run" / "data" / "manifest.json").stat().st_mtime_ns
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"base", b"bose", 1))
+    assert run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
+    done = run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run", "--verify")
+    assert done.returncode == 65
+    assert "evaluation.md" in done.stderr
+    path.write_bytes(content)
+    done = run_stages(smoke, *SMOKE, "prepare-data", "--run-dir", "run", "--force")
+    assert done.returncode == 0
+    assert (smoke / "run" / "data" / "manifest.json").stat().st_mtime_ns > before
+    # The same contents: nothing after it has become stale.
+    assert run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
+
+
+def test_the_adapter_loads_in_plain_peft_with_equal_logits(smoke: Path, sample_model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from stages.lib.model import adapter, load
+    from stages.lib.model.base import Base
+
+    folder = smoke / "run" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(sample_model)
+    ids = AutoTokenizer.from_pretrained(folder)("### Human: Hi### Assistant:", return_tensors="pt")
+    plain = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, folder).eval()
+    base = Base("sample", None)
+    base.fetch()
+    ours = adapter.load(load.load(base, "fp32", torch.device("cpu")), folder, base).eval()
+    with torch.no_grad():
+        theirs, found = plain(**ids).logits, ours(**ids).logits
+        with ours.disable_adapter():
+            without = ours(**ids).logits
+    assert torch.equal(theirs, found)
+    assert not torch.allclose(found, without)
+
+
+def test_the_merged_model_loads_plainly_and_says_the_same(smoke: Path, sample_model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smoke / "run" / "merged"
+    merged, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    text = "### Human: What does len do?### Assistant: It returns the number of items."
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32)
+    with torch.no_grad():
+        alone = base(**ids).logits
+        tuned = PeftModel.from_pretrained(base, smoke / "run" / "adapter").eval()(**ids).logits
+        found = merged(**ids).logits
+    assert (found - tuned).norm() < 0.2 * (alone - tuned).norm()
+    assert torch.equal(found.argmax(-1), tuned.argmax(-1))
+
+
+def test_evaluation_holds_both_sides(smoke: Path) -> None:
+    found = json.loads((smoke / "run" / "evaluation" / "evaluation.json").read_text())
+    assert found["tuned"]["loss"] < found["base"]["loss"]
+    assert len(found["answers"]) == 2
+    for entry in found["answers"]:
+        assert {"question", "prompt", "reference", "base", "tuned"} <= entry.keys()
+    text = (smoke / "run" / "evaluation" / "evaluation.md").read_text()
+    assert found["answers"][0]["question"] in text
+
+
+def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:
+    (smoke / "prompts.txt").write_text("What is a list?\n\nWhat is `$(touch x)`?\n")
+    args = (*SMOKE, "generate", "--run-dir", "run", "--prompts-file", "prompts.txt")
+    done = run_stages(smoke, *args)
+    assert done.returncode == 0, done.stderr
+    path = smoke / "run" / "generations" / "generations.jsonl"
+    assert done.stdout.strip() == "run/generations/generations.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["prompt"] for entry in found] == ["What is a list?", "What is `$(touch x)`?"]
+    assert all(entry["finish"] in ("stop", "length") for entry in found)
+    assert "nothing changed" in run_stages(smoke, *args).stderr
+
+    one = run_stages(smoke, *SMOKE, "generate", "--run-dir", "run", stdin="What is a list?\n")
+    assert one.returncode == 0
+    assert one.stdout.strip() == found[0]["answer"]
+    import shutil
+
+    shutil.rmtree(smoke / "run" / "generations")
+
+
+def test_the_classic_recipe_to_the_letter(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """The preset as it ships, on a tiny Llama in 4 bit; only base, data and the length differ."""
+    preset = ("--env-file", str(ROOT / "env" / "llama2-7b.env"))
+    env = {"BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "512", "RUN_DIR": "run"}
+    for stage in ("prepare-data", "train", "evaluate"):
+        done = run_stages(tmp_path, *preset, stage, env=env)
+        assert done.returncode == 0, done.stderr
+    made = manifest(tmp_path / "run" / "adapter")
+    values = {name: entry["value"] for name, entry in made["settings"].items()}
+    assert values["BASE_PRECISION"] == "nf4"
+    assert values["OPTIMIZER"] == "adamw_8bit"
+    assert values["LORA_TARGETS"] == "q_proj,v_proj"
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 16, 0.05)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    data = manifest(tmp_path / "run" / "data")
+    assert data["settings"]["MAX_ROWS"] == {"value": 1000, "from": "preset"}
+    counts = data["metrics"]
+    # Everything is learned but each row's first token, and EOS ends every row.
+    assert counts["trainable_tokens"] == counts["tokens"] - counts["rows_kept"]
+    assert counts["rows_ending_in_trained_eos"] == counts["rows_kept"] == 40
+
+
+def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from stages.lib.model import load
+    from stages.lib.model.base import Base
+
+    base = Base(str(tiny), None)
+    base.fetch()
+    layer = load.load(base, "nf4").model.layers[0].self_attn.q_proj
+    assert isinstance(layer, Linear4bit)
+    assert layer.weight.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_other_precisions_train(tiny: Path, rows: Path, tmp_path: Path, precision: str) -> None:
+    common = ("--run-dir", "run", "--base-model", str(tiny))
+    assert run_stages(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2
+    for args in (
+        ("prepare-data", "--dataset", str(rows), "--max-length", "128"),
+        ("train", "--base-precision", precision, "--batch-tokens", "256", "--learning-rate", "1e-2"),
+    ):
+        done = run_stages(tmp_path, args[0], *common, *args[1:])
+        assert done.returncode == 0, done.stderr
+    history = manifest(tmp_path / "run" / "adapter")["metrics"]["history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_warm_start_begins_where_the_adapter_ended(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    common = ("--base-model", str(tiny), "--base-precision", "fp32", "--batch-tokens", "256")
+    data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
+    for run in ("one", "two"):
+        assert run_stages(tmp_path, "prepare-data", "--run-dir", run, *data).returncode == 0
+    first = run_stages(tmp_path, "train", "--run-dir", "one", *common, "--learning-rate", "1e-2")
+    assert first.returncode == 0, first.stderr
+    args = ("train", "--run-dir", "two", *common, "--init-adapter", "one", "--learning-rate", "1e-9")
+    done = run_stages(tmp_path, *args, "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    one, two = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6)
+    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_started_again_it_is_the_same_adapter(
+    tiny: Path, rows: Path, tmp_path: Path, kill: signal.Signals
+) -> None:
+    """Through the command line: stopped once a checkpoint is there, then the same command."""
+    data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
+    recipe = (
+        "train", "--base-model", str(tiny), "--base-precision", "nf4", "--rank", "16",
+        "--batch-tokens", "512", "--micro-batch-tokens", "128", "--max-steps", "40",
+    )  # fmt: skip
+    for run in ("whole", "cut"):
+        assert run_stages(tmp_path, "prepare-data", "--run-dir", run, *data).returncode == 0
+    assert run_stages(tmp_path, *recipe, "--run-dir", "whole").returncode == 0
+
+    command = [sys.executable, "-m", "stages", *recipe, "--run-dir", "cut"]
+    with subprocess.Popen(
+        command, env=clean_environment(tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list((tmp_path / "cut" / "checkpoints").glob("step-*/manifest.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(kill)
+        process.wait()
+    assert process.returncode == (75 if kill == signal.SIGTERM else -kill)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    done = run_stages(tmp_path, *recipe, "--run-dir", "cut")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    weights = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert manifest(tmp_path / "cut" / "adapter")["metrics"]["resumed_from_step"] > 0
+    kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert kept[-1] == "step-00000040"
+    assert len(kept) <= 3
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"the real conversations are not at {REAL_ROWS}")
+def test_the_loss_falls_on_real_conversations(sample_model: Path, tmp_path: Path) -> None:
+    env = {
+        "BASE_MODEL": "sample", "BASE_PRECISION": "bf16", "LOSS_ON": "all", "MAX_ROWS": "24",
+        "MAX_LENGTH": "128", "BATCH_TOKENS": "512", "EPOCHS": "3", "LEARNING_RATE": "2e-3",
+        "SCHEDULE": "constant", "RUN_DIR": "run",
+    }  # fmt: skip
+    for args in (("prepare-data", "--dataset", str(REAL_ROWS)), ("train",)):
+        done = run_stages(tmp_path, *args, env=env)
+        assert done.returncode == 0, done.stderr
+    metrics = manifest(tmp_path / "run" / "adapter")["metrics"]
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    third = len(losses) // 3
+    assert sum(losses[-third:]) < 0.95 * sum(losses[:third])
+
+
+def test_a_terminal_gets_a_bar_and_the_answer_as_it_is_said(smoke: Path) -> None:
+    import pty
+
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-m", "stages", *SMOKE, "generate", "--run-dir", "run"]
+    with subprocess.Popen(
+        command, env=clean_environment(smoke) | {"PROMPT": "Hi", "TERM": "xterm"}, cwd=smoke,
+        stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+    ) as process:  # fmt: skip
+        os.close(writer)
+        shown = b""
+        while True:
+            try:
+                block = os.read(reader, 1024)
+            except OSError:
+                break
+            if not block:
+                break
+            shown += block
+    os.close(reader)
+    assert process.returncode == 0
+    lines = shown.decode().splitlines()
+    assert lines[0].startswith("generate: preset ")
+    assert not lines[0].startswith("{")
+    assert any(line.strip() for line in lines[1:]), lines
