@@ -23,7 +23,7 @@ stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs prepare-data train evaluate generate merge report docker-build docker-push submit
+.PHONY: help setup demo test check docs prepare-data train evaluate generate merge report docker-build docker-push
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16

@@ -121,7 +121,9 @@ def test_owners() -> None:
 def test_names_say_something() -> None:
     for path in FILES:
         assert path.stem not in ("utils", "common", "helpers", "misc"), path
-        classes = [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
+        classes = [
+            n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)
+        ]
         assert not [c for c in classes if c.endswith(("Manager", "Handler"))], path
 
 

@@ -208,7 +208,15 @@ def test_other_precisions_train(tiny: Path, rows: Path, tmp_path: Path, precisio
     assert run_stages(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2
     for args in (
         ("prepare-data", "--dataset", str(rows), "--max-length", "128"),
-        ("train", "--base-precision", precision, "--batch-tokens", "256", "--learning-rate", "1e-2"),
+        (
+            "train",
+            "--base-precision",
+            precision,
+            "--batch-tokens",
+            "256",
+            "--learning-rate",
+            "1e-2",
+        ),
     ):
         done = run_stages(tmp_path, args[0], *common, *args[1:])
         assert done.returncode == 0, done.stderr
@@ -217,20 +225,32 @@ def test_other_precisions_train(tiny: Path, rows: Path, tmp_path: Path, precisio
     assert losses[-1] < losses[0]
 
 
-def test_a_warm_start_begins_where_the_adapter_ended(tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_warm_start_begins_where_the_adapter_ended(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
     common = ("--base-model", str(tiny), "--base-precision", "fp32", "--batch-tokens", "256")
     data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
     for run in ("one", "two"):
         assert run_stages(tmp_path, "prepare-data", "--run-dir", run, *data).returncode == 0
     first = run_stages(tmp_path, "train", "--run-dir", "one", *common, "--learning-rate", "1e-2")
     assert first.returncode == 0, first.stderr
-    args = ("train", "--run-dir", "two", *common, "--init-adapter", "one", "--learning-rate", "1e-9")
+    args = (
+        "train",
+        "--run-dir",
+        "two",
+        *common,
+        "--init-adapter",
+        "one",
+        "--learning-rate",
+        "1e-9",
+    )
     done = run_stages(tmp_path, *args, "--max-steps", "1")
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 
     one, two = (
-        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two")
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("one", "two")
     )
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -274,7 +294,9 @@ def test_stopped_and_started_again_it_is_the_same_adapter(
     assert len(kept) <= 3
 
 
-@pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"the real conversations are not at {REAL_ROWS}")
+@pytest.mark.skipif(
+    not REAL_ROWS.is_file(), reason=f"the real conversations are not at {REAL_ROWS}"
+)
 def test_the_loss_falls_on_real_conversations(sample_model: Path, tmp_path: Path) -> None:
     env = {
         "BASE_MODEL": "sample", "BASE_PRECISION": "bf16", "LOSS_ON": "all", "MAX_ROWS": "24",

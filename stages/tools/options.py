@@ -35,13 +35,10 @@ def markdown(group: Stages) -> str:
 
 def _row(option: Setting) -> str:
     meaning, _, unset = (option.help or "").partition(" [default: ")
-    default = "required" if option.required else unset.removesuffix("]")
-    if (
-        not option.required
-        and not unset
-        and option.default not in (None, False)
-        and "UNSET" not in str(option.default)
-    ):
+    default = unset.removesuffix("]")
+    if option.required:
+        default = "required"
+    elif option.show_default:
         default = f"`{option.default}`"
     if isinstance(option.type, click.Choice):
         meaning += f" One of {', '.join(f'`{choice}`' for choice in option.type.choices)}."

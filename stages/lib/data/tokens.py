@@ -72,7 +72,9 @@ class Tokens:
         wanted = config.get("add_bos_token", not (folder / "tokenizer.json").is_file())
         if wanted and bos and self.fast.bos_token_id not in self.backend.encode("").ids:
             first = TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, self.fast.bos_token_id)]
+                single=f"{bos} $A",
+                pair=f"{bos} $A $B",
+                special_tokens=[(bos, self.fast.bos_token_id)],
             )
             own = self.backend.post_processor
             self.backend.post_processor = Sequence([own, first]) if own else first

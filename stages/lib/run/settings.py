@@ -155,7 +155,9 @@ def check_make_overrides(declared: Iterable[str]) -> None:
     for word in re.split(r"(?<!\\)\s", overrides):  # make escapes the blanks inside a value
         name, equals, _ = word.partition("=")
         if equals and name not in known:
-            raise BadSetting(f"make was given {name}, which is no setting.{did_you_mean(name, known)}")
+            raise BadSetting(
+                f"make was given {name}, which is no setting.{did_you_mean(name, known)}"
+            )
 
 
 def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:

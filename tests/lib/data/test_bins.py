@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from stages.lib.data.bins import Schedule, pack
 
-lengths = st.lists(st.integers(1, 100), min_size=1, max_size=60).map(lambda v: np.array(v, np.int64))
+lengths = st.lists(st.integers(1, 100), min_size=1, max_size=60).map(
+    lambda v: np.array(v, np.int64)
+)
 seeds = st.integers(0, 2**32)
 
 

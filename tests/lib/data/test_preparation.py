@@ -58,7 +58,13 @@ def test_eos_is_learned_at_the_end_of_every_kept_row(
 
 def test_the_account_adds_up(tokens: Tokens, tmp_path: Path, rows: Path) -> None:
     path = tmp_path / "mixed.jsonl"
-    extra = ["", "   ", "### Human: nobody answers", "x" * 5, "### Human: long### Assistant: " + "word " * 400]
+    extra = [
+        "",
+        "   ",
+        "### Human: nobody answers",
+        "x" * 5,
+        "### Human: long### Assistant: " + "word " * 400,
+    ]
     path.write_text(rows.read_text() + "".join(json.dumps({"text": t}) + "\n" for t in extra))
     ledger = prepare(path, tokens, tmp_path / "out", max_length=128)
     assert ledger.rows_read == 45

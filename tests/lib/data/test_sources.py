@@ -7,7 +7,7 @@ import pytest
 
 from stages.lib.data import sources
 
-ROWS = [{"text": f"### Human: {n}, \"ü\"?### Assistant: {n}\nand more"} for n in range(5)]
+ROWS = [{"text": f'### Human: {n}, "ü"?### Assistant: {n}\nand more'} for n in range(5)]
 
 
 def write(folder: Path, suffix: str) -> Path:

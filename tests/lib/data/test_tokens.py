@@ -63,7 +63,9 @@ turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3).map(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(turns)
 def test_what_is_learned_is_what_the_assistant_says(tokens: Tokens, turns: list[Turn]) -> None:
     segments = render(turns, "assistant")

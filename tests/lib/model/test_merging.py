@@ -58,7 +58,9 @@ def test_a_merge_gone_wrong_is_caught(tiny: Path, tuned: Path, tmp_path: Path, d
         merging.compare(reference, tmp_path / "merged", ids)
 
 
-def test_the_adapters_files_have_the_same_bytes_in_every_process(tiny: Path, tmp_path: Path) -> None:
+def test_the_adapters_files_have_the_same_bytes_in_every_process(
+    tiny: Path, tmp_path: Path
+) -> None:
     import os
     import subprocess
     import sys

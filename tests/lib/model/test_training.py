@@ -27,7 +27,13 @@ def weights(tuned: Any) -> dict[str, torch.Tensor]:
 
 
 def run(
-    tuned: Any, rows: Any, capacity: int, per_step: int, scratch: Path, steps: int = 3, **changed: Any
+    tuned: Any,
+    rows: Any,
+    capacity: int,
+    per_step: int,
+    scratch: Path,
+    steps: int = 3,
+    **changed: Any,
 ) -> dict[str, torch.Tensor]:
     """Train some steps; the adapter afterwards."""
     precision = changed.pop("precision", "fp32")
@@ -35,7 +41,15 @@ def run(
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
     held_out = type(rows)(rows.rows[:2])
     training.train(
-        tuned, plan, rows, held_out, precision, scratch, RECIPE | changed, resume=resume, saved=saved
+        tuned,
+        plan,
+        rows,
+        held_out,
+        precision,
+        scratch,
+        RECIPE | changed,
+        resume=resume,
+        saved=saved,
     )
     return weights(tuned)
 
@@ -102,7 +116,11 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_a_resumed_run_is_the_uninterrupted_run(
-    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, optimizer: str, precision: str
+    attach: Callable[..., Any],
+    some_rows: Callable[..., Any],
+    tmp_path: Path,
+    optimizer: str,
+    precision: str,
 ) -> None:
     """Dropout on, evaluated on the way, stopped in the middle of an accumulation, to the last bit."""
     rows = some_rows(*range(8, 28))

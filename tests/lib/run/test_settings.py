@@ -18,7 +18,9 @@ def announced(stages: Stages, *args: str, **options: object) -> str:
 
 def test_precedence_and_origins(stages: Stages, tmp_path: Path, rows: Path) -> None:
     preset = tmp_path / "a.env"
-    preset.write_text(f"BASE_MODEL=sample\nDATASET={rows}\nMAX_LENGTH=100\nSEED=1\nLOSS_ON='all' # x\n")
+    preset.write_text(
+        f"BASE_MODEL=sample\nDATASET={rows}\nMAX_LENGTH=100\nSEED=1\nLOSS_ON='all' # x\n"
+    )
     env = {"SEED": "2", "MAX_LENGTH": "90", "MAX_ROWS": ""}
     args = ("--env-file", str(preset), "prepare-data", "--max-length", "80", "--run-dir", "run")
     done = stages(*args, env=env)
