@@ -55,6 +55,7 @@ def prepare_data(
     from stages.lib.data import preparation, prepared, sources
     from stages.lib.model.base import Base
     from stages.lib.report.table import account
+    from stages.lib.run import preemption
     from stages.lib.run.progress import Progress
 
     run = Run(ctx)
@@ -78,6 +79,7 @@ def prepare_data(
         )  # fmt: skip
         with prepared.Writer(scratch, tokens) as writer, Progress(max_rows, "rows") as progress:
             for part, example in examples:
+                preemption.check()
                 writer.write(part, example)
                 progress.update(ledger.rows_read, tokens=ledger.tokens)
         ledger.check(source.name)

@@ -145,8 +145,7 @@ def train(
             choices = [(resumed.metrics["bin_tokens"], resumed.metrics["recompute"])]
         model = load.load(base, base_precision)
         if init_adapter:
-            start = adapter.warm_start(init_adapter, base, rank, alpha, targets)
-            tuned = adapter.load(model, start, base, trainable=True)
+            tuned = adapter.continued(model, init_adapter, base, rank, alpha, dropout, targets)
         else:
             tuned = adapter.attach(model, base, rank, alpha, dropout, targets, seed)
         size, recomputed = memory.fit(tuned, base_precision, choices)
@@ -173,7 +172,8 @@ def train(
         }  # fmt: skip
         run.publish("adapter", out, inputs, metrics, device=load.describe_device(), seed=seed)
     click.echo(table(("adapter", "value"), [
-        ("steps", metrics["steps"]), ("tokens", metrics["tokens"]), ("tokens/s", metrics.get("tokens_per_second", "-")),
+        ("steps", metrics["steps"]), ("tokens", metrics["tokens"]),
+        ("tokens/s", metrics.get("tokens_per_second", "-")),
         ("loss of the last step, nats", metrics["loss"]), ("held-out loss, nats", metrics["held_out_loss"]),
         ("best step", metrics["best_step"]), ("folder", str(run.folder / "adapter")),
     ]))  # fmt: skip

@@ -92,14 +92,32 @@ def preset(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_preset(path, BASE_MODEL=tiny, DATASET=rows, **RECIPE)
 
 
-@pytest.fixture(scope="module")
-def finished(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with data and an adapter."""
-    folder = tmp_path_factory.mktemp("finished")
+def make_run(preset: Path, folder: Path) -> Path:
     for stage in ("prepare-data", "train"):
         result = run_stages(folder, "--env-file", preset, stage, "--run-dir", folder / "run")
         assert result.returncode == 0, result.stderr
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Where commands that load torch run behind the tests that do not, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def making(
+    pool: ThreadPoolExecutor, preset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> "Future[Path]":
+    return pool.submit(make_run, preset, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def finished(making: "Future[Path]") -> Path:
+    """A run directory with data and an adapter."""
+    return making.result()
 
 
 @pytest.fixture
@@ -254,7 +272,6 @@ BAD_DATA = [
     ("latin.json", '[{"text": "caf\xe9"}]', ["not UTF-8"]),
     ("latin.csv", "text\ncaf\xe9\n", ["UTF-8"]),
     ("half.jsonl", '{"text": "### Human: \\ud83d### Assistant: Hello."}\n', [":1"]),
-    ("cut.parquet", "PAR1 and then nothing", ["parquet"]),
     ("rows.txt", "Hi\n", [".jsonl", ".csv"]),
 ]
 
@@ -361,15 +378,9 @@ def test_config_that_is_cut_off(stages: Stages, tmp_path: Path, tiny: Path, rows
     refused(prepare(stages, tmp_path, base, rows), 65, str(base / "config.json"), "not valid JSON")
 
 
-@pytest.mark.parametrize("content", [None, '{"version": "1.0", "trunc'])
-def test_tokenizer_that_is_missing_or_cut_off(
-    stages: Stages, tmp_path: Path, tiny: Path, rows: Path, content: str | None
-) -> None:
+def test_tokenizer_that_is_cut_off(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     base = changed_base(tiny, tmp_path / "base")
-    for path in base.glob("*token*"):
-        path.unlink()
-    if content:
-        (base / "tokenizer.json").write_text(content)
+    (base / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     refused(prepare(stages, tmp_path, base, rows), 65, str(base), "tokenizer")
 
 
@@ -677,7 +688,7 @@ TRAININGS = {
     ),
     "adapter of another rank": Training(
         2,
-        ["{finished}", "LORA_RANK=4", "8", "agree"],
+        ["{finished}", "LORA_RANK", "settings say 8", "agree"],
         ["--rank", "8", "--init-adapter", "{finished}"],
     ),
     "adapter of another base": Training(
@@ -712,9 +723,10 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 def refused_training(
-    case: Training, folder: Path, preset: Path, finished: Path, base: Path
+    case: Training, folder: Path, preset: Path, making: "Future[Path]", base: Path
 ) -> Result:
     """Run a case in its own folder."""
+    finished = making.result()
     common = ["--base-model", base, "--run-dir", folder / "run"]
     if case.base == "tiny":
         shutil.copytree(finished / "data", folder / "run" / "data")
@@ -736,28 +748,22 @@ def refused_training(
 @pytest.fixture(scope="module", autouse=True)
 def trainings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, "Future[Result]"]]:
+) -> dict[str, "Future[Result]"]:
     """The cases that were selected, running since the first test of this file."""
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names = [
-        f.callspec.params["name"] for f in functions if f.originalname == "test_training_is_refused"
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        if names:
-            preset, finished, bases = map(request.getfixturevalue, ("preset", "finished", "bases"))
-        yield {
-            name: pool.submit(
-                refused_training,
-                case,
-                tmp_path_factory.mktemp("training"),
-                preset,
-                finished,
-                bases[case.base],
-            )
-            for name, case in TRAININGS.items()
-            if name in names
-        }
-        pool.shutdown(cancel_futures=True)
+    chosen = [f for f in functions if f.originalname == "test_training_is_refused"]
+    if not chosen:
+        return {}
+    pool, preset, making, bases = map(
+        request.getfixturevalue, ("pool", "preset", "making", "bases")
+    )
+    started = {}
+    for name in [function.callspec.params["name"] for function in chosen]:
+        case, folder = TRAININGS[name], tmp_path_factory.mktemp("training")
+        started[name] = pool.submit(
+            refused_training, case, folder, preset, making, bases[case.base]
+        )
+    return started
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -801,7 +807,6 @@ BAD_PROMPTS = [
     ("cut.jsonl", '{"prompt": "Hi', [":1", "`prompt`"]),
     ("blank.jsonl", '{"prompt": " "}\n', [":1", "empty `prompt`"]),
     ("latin.txt", "caf\xe9\n", ["not UTF-8"]),
-    ("half.jsonl", '{"prompt": "\\ud83d"}\n', [":1"]),
 ]
 
 
@@ -835,8 +840,3 @@ def test_missing_prompts_file(stages: Stages, tmp_path: Path, preset: Path, run:
         "--env-file", preset, "generate", "--prompts-file", tmp_path / "none.txt", "--run-dir", run
     )
     refused(result, 66, str(tmp_path / "none.txt"))
-
-
-def test_prompt_over_the_context(stages: Stages, preset: Path, run: Path) -> None:
-    result = stages("--env-file", preset, "generate", "--prompt", "word " * 600, "--run-dir", run)
-    refused(result, 2, "MAX_NEW_TOKENS 4", "512 tokens")

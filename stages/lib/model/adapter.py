@@ -33,13 +33,13 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(model, targets)
+    modules = _modules(model, targets)
     name, revision = base.adapter_name()
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        target_modules=modules,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
@@ -48,19 +48,22 @@ def attach(
     return tuned
 
 
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+def _modules(model: Any, targets: tuple[str, ...]) -> list[str]:
+    """The names of the linear modules that get an adapter; `all-linear` is all but the head."""
     head = model.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
-    for target in targets:
-        if target != "all-linear" and target not in linear:
-            known = ", ".join(sorted(linear))
-            raise BadSetting(
-                f"LORA_TARGETS names {target}, which this base has not; it has {known}, or all-linear"
-            )
+    wanted = linear if targets == ("all-linear",) else set(targets)
+    absent = sorted(wanted - linear)
+    if absent:
+        known = ", ".join(sorted(linear))
+        raise BadSetting(
+            f"LORA_TARGETS names {absent[0]}, which this base has not; it has {known}, or all-linear"
+        )
+    return sorted(wanted)
 
 
 def _name_base(tuned: Any, name: str, revision: str | None) -> None:
@@ -68,8 +71,13 @@ def _name_base(tuned: Any, name: str, revision: str | None) -> None:
     config.base_model_name_or_path, config.revision = name, revision
 
 
-def load(model: Any, folder: Path, base: Base, trainable: bool = False) -> Any:
+def load(
+    model: Any, folder: Path, base: Base, trainable: bool = False, dropout: float | None = None
+) -> Any:
     """An adapter's weights on its base, every tensor in its place.
+
+    Args:
+        dropout: instead of its own, to train it on.
 
     Raises:
         BadData: cut off, or made for a base of another shape.
@@ -81,6 +89,7 @@ def load(model: Any, folder: Path, base: Base, trainable: bool = False) -> Any:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         config = LoraConfig.from_pretrained(str(folder))
+        config.lora_dropout = config.lora_dropout if dropout is None else dropout
     except (SafetensorError, ValueError, TypeError) as error:
         raise BadData(
             f"the adapter in {folder} cannot be read ({error}); train it again"
@@ -119,8 +128,16 @@ def check_base(made: Artifact, base: Base) -> None:
         )
 
 
-def warm_start(path: Path, base: Base, rank: int, alpha: float, targets: tuple[str, ...]) -> Path:
-    """The folder of the adapter that a run starts from, given itself or its run directory.
+def continued(
+    model: Any,
+    path: Path,
+    base: Base,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+) -> Any:
+    """A finished adapter, to be trained on; `path` is itself or its run directory.
 
     Raises:
         BadSetting: its rank, alpha or targets differ. BadData: it has another base.
@@ -129,20 +146,19 @@ def warm_start(path: Path, base: Base, rank: int, alpha: float, targets: tuple[s
     made = artifact.load(folder, deep=True)
     if made:
         check_base(made, base)
-    config = json.loads((folder / CONFIG).read_text())
-    modules = config.get("target_modules")
-    pairs: dict[str, tuple[Any, Any]] = {
-        "LORA_RANK": (config.get("r"), rank),
-        "LORA_ALPHA": (config.get("lora_alpha"), alpha),
-    }
-    if isinstance(modules, list) and targets != ("all-linear",):
-        pairs["LORA_TARGETS"] = (",".join(sorted(modules)), ",".join(sorted(targets)))
-    for name, (old, new) in pairs.items():
+    modules = _modules(model, targets)
+    tuned = load(model, folder, base, trainable=True, dropout=dropout)
+    config = tuned.peft_config["default"]
+    for name, old, new in (
+        ("LORA_RANK", config.r, rank),
+        ("LORA_ALPHA", config.lora_alpha, alpha),
+        ("LORA_TARGETS", sorted(config.target_modules), modules),
+    ):
         if old != new:
             raise BadSetting(
-                f"INIT_ADAPTER {folder} has {name}={old}, the settings say {new}; make them agree"
+                f"INIT_ADAPTER {folder} has {name} {old}, the settings say {new}; make them agree"
             )
-    return folder
+    return tuned
 
 
 def save(tuned: Any, folder: Path) -> None:
