@@ -132,15 +132,15 @@ def train(
         run.check_made_from(data, "base", base.identity())
         resumed = checkpoints.newest(run, inputs)
         rows, held_out = (prepared.Part(data.path / f"{part}.arrow") for part in prepared.PARTS)
+        longest = int(rows.lengths.max())
+        bins.check_sizes(batch_tokens, micro_batch_tokens, longest)
 
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, history, load, memory, training
 
         tokens = Tokens(base.folder)
         prepared.check_format(data.path, tokens)
-        choices = memory.candidates(
-            batch_tokens, int(rows.lengths.max()), micro_batch_tokens, recompute
-        )
+        choices = memory.candidates(batch_tokens, longest, micro_batch_tokens, recompute)
         if resumed:
             choices = [(resumed.metrics["bin_tokens"], resumed.metrics["recompute"])]
         model = load.load(base, base_precision)

@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from stages.lib.run.exits import BadSetting
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -38,6 +40,23 @@ def pack(lengths: Ints, capacity: int, generator: np.random.Generator) -> list[I
         bins[number].append(row)
         bisect.insort(room, (free - length, number))
     return [np.array(bins[i], dtype=np.int64) for i in generator.permutation(len(bins))]
+
+
+def check_sizes(batch_tokens: int, bin_tokens: int | None, longest: int) -> None:
+    """Refuse a bin that does not divide a step, or is shorter than the longest row.
+
+    Raises:
+        BadSetting: so it is.
+    """
+    name, size = (
+        ("MICRO_BATCH_TOKENS", bin_tokens) if bin_tokens else ("BATCH_TOKENS", batch_tokens)
+    )
+    if size < longest:
+        raise BadSetting(f"{name} {size} is less than the longest row, {longest} tokens; raise it")
+    if batch_tokens % size:
+        raise BadSetting(
+            f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {size}; make it one"
+        )
 
 
 class Schedule:

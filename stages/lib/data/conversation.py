@@ -76,3 +76,12 @@ GOLDEN = [
 def stops() -> tuple[str, ...]:
     """Texts at which an answer is over, beside EOS: the next turn's mark."""
     return (MARKS["user"],)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded at all; JSON may hold half a surrogate pair, a shell any byte."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

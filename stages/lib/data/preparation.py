@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stages.lib.data import sources
-from stages.lib.data.conversation import GUANACO, Segment, Turn, parse, render, render_prompt
+from stages.lib.data.conversation import (
+    GUANACO,
+    Segment,
+    Turn,
+    is_unicode,
+    parse,
+    render,
+    render_prompt,
+)
 from stages.lib.data.sources import Row, Source
 from stages.lib.data.tokens import Tokens
 from stages.lib.run.exits import BadData
@@ -91,7 +99,11 @@ class Ledger:
                 ", ".join(f"{n} {reason}" for reason, n in self.rows_dropped.items())
                 or "none dropped"
             )
-            raise BadData(f"{name} leaves no row to train on: {self.rows_read} read, {reasons}")
+            held = f", {self.rows_held_out} held out" if self.rows_held_out else ""
+            raise BadData(
+                f"{name} leaves no row to train on: {self.rows_read} read, {reasons}{held}; "
+                "add rows, or mend what drops them"
+            )
 
 
 def examples(
@@ -157,6 +169,10 @@ def _text(row: Row) -> str:
     if not isinstance(text, str):
         raise BadData(
             f"{row.where} has {type(text).__name__} in `text`, which must be a string; mend the row"
+        )
+    if not is_unicode(text):
+        raise BadData(
+            f"{row.where} has half a character (a lone surrogate) in `text`; mend the row"
         )
     return text
 
@@ -247,5 +263,5 @@ def split(examples: Iterable[Example], fraction: float, seed: int) -> Iterator[t
 
 
 def _place(text: str, seed: int) -> float:
-    digest = hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

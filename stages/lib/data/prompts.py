@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stages.lib.data.conversation import is_unicode
 from stages.lib.run.exits import BadData, BadSetting, Missing
 
 FILE = "generations.jsonl"
@@ -28,6 +29,8 @@ def read(prompt: str | None, path: Path | None) -> list[str]:
         raise BadSetting(
             'nothing is asked: use --prompt, make generate PROMPT="...", --prompts-file or standard input'
         )
+    if not is_unicode(prompt):
+        raise BadSetting("PROMPT is not UTF-8; convert it")
     return [prompt]
 
 
@@ -55,6 +58,10 @@ def _line(path: Path, number: int, line: str) -> str:
         ) from error
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadData(f"{path}:{number} has an empty `prompt`, or one that is no string")
+    if not is_unicode(prompt):
+        raise BadData(
+            f"{path}:{number} has half a character (a lone surrogate) in `prompt`; mend it"
+        )
     return prompt
 
 

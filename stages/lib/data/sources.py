@@ -3,8 +3,8 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,31 @@ class Source:
     revision: str | None = None
     train: list[Path] = field(default_factory=list)
     held_out: list[Path] = field(default_factory=list)
+    root: Path | None = None  # of a hub data set in the cache; its files are named from there
 
     def inputs(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """What identifies the contents; hashes in `known` are kept where size and time did not change."""
         if self.name == SAMPLE:
             return {"name": SAMPLE, "python": _python()}
         old = {entry["path"]: entry for entry in (known or {}).get("files", [])}
-        files = [_identify(path, old.get(str(path))) for path in [*self.train, *self.held_out]]
+        files = [self._identify(path, old) for path in [*self.train, *self.held_out]]
         return {"name": self.name, "revision": self.revision, "files": files}
+
+    def _identify(self, path: Path, known: dict[str, Any]) -> dict[str, Any]:
+        stat = path.stat()
+        if self.root:
+            name = str(path.relative_to(self.root))
+            return {"path": name, "bytes": stat.st_size, "sha256": sha256(path)}
+        entry = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        old = known.get(str(path), {})
+        unchanged = all(old.get(key) == value for key, value in entry.items())
+        return entry | {"sha256": old["sha256"] if unchanged else sha256(path)}
 
 
 def _python() -> str:
     import platform
 
     return platform.python_version()
-
-
-def _identify(path: Path, old: dict[str, Any] | None) -> dict[str, Any]:
-    stat = path.stat()
-    entry = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    unchanged = old is not None and all(old.get(key) == value for key, value in entry.items())
-    return entry | {"sha256": old["sha256"] if unchanged and old else sha256(path)}
 
 
 def reference(dataset: str, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -84,28 +88,29 @@ def find(dataset: str, revision: str | None) -> Source:
             raise BadData(f"{path} is none of {', '.join(sorted(SUFFIXES))}; convert it first")
         return Source(dataset, train=[path])
     if path.is_dir():
-        return _split(dataset, None, sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES))
+        return _split(dataset, path.rglob("*"))
     if glob.has_magic(dataset):
-        files = sorted(
-            Path(p) for p in glob.glob(dataset, recursive=True) if Path(p).suffix in SUFFIXES
-        )
-        return _split(dataset, None, files)
+        return _split(dataset, map(Path, glob.glob(dataset, recursive=True)))
     looks_local = path.suffix in SUFFIXES or path.is_absolute() or dataset.startswith(".")
     if looks_local or len(path.parts) != 2:
         raise Missing(
             f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
         )
     folder, commit = hub.snapshot(dataset, revision, "dataset")
-    return _split(dataset, commit, sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES))
+    return replace(_split(dataset, folder.rglob("*")), revision=commit, root=folder)
 
 
-def _split(name: str, revision: str | None, files: list[Path]) -> Source:
+def _split(name: str, paths: Iterable[Path]) -> Source:
+    files = sorted(path for path in paths if path.suffix in SUFFIXES and not path.is_dir())
+    lost = [path for path in files if not path.exists()]
+    if lost:
+        raise Missing(f"{lost[0]} is a link to nothing; mend it, or remove it")
     held_out = [path for path in files if HELD_OUT.search(path.stem)]
     train = [path for path in files if path not in held_out]
     if not train:
         kinds = ", ".join(sorted(SUFFIXES))
         raise Missing(f"{name} holds no training file ({kinds}); name the files with a glob")
-    return Source(name, revision, train, held_out)
+    return Source(name, None, train, held_out)
 
 
 def rows(source: Source, files: list[Path]) -> Iterator[Row]:
@@ -178,5 +183,7 @@ def _table(path: Path) -> Iterator[Row]:
         stream = load_dataset(kind, data_files=str(path), split="train", streaming=True)
         for number, data in enumerate(stream, 1):
             yield Row(f"{path} row {number}", dict(data))
-    except (ArrowInvalid, DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path} is not UTF-8 at byte {error.start}; convert the file") from error
+    except (ArrowInvalid, DatasetGenerationError, ValueError) as error:
         raise BadData(f"{path} is not a valid {kind} file: {str(error).splitlines()[0]}") from error

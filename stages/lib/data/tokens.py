@@ -26,18 +26,7 @@ class Tokens:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import PreTrainedTokenizerFast
-
-        if (folder / "tokenizer.json").is_file():
-            self.fast: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:  # a SentencePiece model alone is converted, which needs torch
-            from transformers import AutoTokenizer
-
-            self.fast = AutoTokenizer.from_pretrained(folder)
-            if not self.fast.is_fast:
-                raise CannotRun(
-                    f"{folder} has no fast tokenizer (tokenizer.json); choose another base"
-                )
+        self.fast = _load(folder)
         if self.fast.eos_token_id is None:
             raise BadData(
                 f"the tokenizer in {folder} has no EOS token, so no answer could ever end"
@@ -121,6 +110,25 @@ class Tokens:
         self.backend.encode_special_tokens = False
         self.fast.save_pretrained(folder)
         self.backend.encode_special_tokens = True
+
+
+def _load(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        # A SentencePiece model alone is converted, which needs torch.
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise BadData(
+            f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); fetch it again"
+        ) from error
+    if not found.is_fast:
+        raise CannotRun(f"{folder} has no fast tokenizer (tokenizer.json); choose another base")
+    return found
 
 
 def _mask(row: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[bool]:

@@ -17,5 +17,5 @@ def find(path: Path) -> Path:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     raise Missing(
-        f"there is no adapter in {path.absolute()}: {CONFIG} and {WEIGHTS} are looked for"
+        f"INIT_ADAPTER: there is no adapter in {path.absolute()}: {CONFIG} and {WEIGHTS} are looked for"
     )

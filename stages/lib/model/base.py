@@ -74,7 +74,9 @@ class Base:
         """The contents of `config.json`."""
         path = self.folder / "config.json"
         if not path.is_file():
-            raise Missing(f"{self.folder} has no config.json, so it is no transformers model")
+            raise Missing(
+                f"{self.name} has no config.json, so it is no transformers model; name another"
+            )
         try:
             return dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -99,7 +101,7 @@ class Base:
         context = self.config.get("max_position_embeddings")
         if context and max_length > context:
             raise BadSetting(
-                f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens"
+                f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens; lower it"
             )
 
     def check_room(self, prompt_tokens: int, new_tokens: int) -> None:

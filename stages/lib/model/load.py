@@ -44,6 +44,7 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     Raises:
         CannotRun: the GPU lacks bf16. BadData: the weights do not fill the model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -58,17 +59,28 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             f"{torch.cuda.get_device_name(place)} has no bf16, which BASE_PRECISION={precision} computes in; "
             "use an Ampere GPU or newer, or BASE_PRECISION=fp32"
         )
-    model, report = AutoModelForCausalLM.from_pretrained(
-        base.folder,
-        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-        quantization_config=_quantisation(precision),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        device_map={"": place},
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+            quantization_config=_quantisation(precision),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            device_map={"": place},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused below, in a sentence
+        )
+    except SafetensorError as error:
+        raise BadData(
+            f"the weights of {base.name} cannot be read ({error}); fetch it again"
+        ) from error
+    odd = sorted(str(key) for key in report["mismatched_keys"])
+    if odd:
+        raise BadData(
+            f"the weights of {base.name} have other shapes than its config: {odd[0]}; fetch it again"
+        )
     absent = sorted(report["missing_keys"])
     if absent:
         raise BadData(

@@ -7,7 +7,7 @@ import torch
 
 from stages.lib.model import load
 from stages.lib.model.loss import lay_out, nll_sum
-from stages.lib.run.exits import BadSetting, OutOfMemory
+from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
 
 CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end of one
@@ -21,20 +21,8 @@ def candidates(
 
     Args:
         batch_tokens: tokens of an optimizer step; a bin divides it. longest: tokens of the longest row.
-        wanted: the bin, if it was set. recompute: `auto`, `none` or `all`.
-
-    Raises:
-        BadSetting: no bin both divides a step and holds the longest row.
+        wanted: the bin, if it was set; see `check_sizes` of the bins. recompute: `auto`, `none` or `all`.
     """
-    if longest > (wanted or batch_tokens):
-        name = "MICRO_BATCH_TOKENS" if wanted else "BATCH_TOKENS"
-        raise BadSetting(
-            f"{name} {wanted or batch_tokens} is less than the longest row, {longest} tokens; raise it"
-        )
-    if wanted and batch_tokens % wanted:
-        raise BadSetting(
-            f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {wanted}"
-        )
     most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
     divisors = [d for d in range(batch_tokens, longest - 1, -1) if batch_tokens % d == 0]
     sizes: list[int] = []

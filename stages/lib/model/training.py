@@ -101,7 +101,7 @@ class LoraTrainer(Trainer):
 
 def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> TrainingArguments:
     """Trainer's arguments from our settings; saving, evaluating and reporting are the callback's."""
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.bins_per_step,
@@ -124,6 +124,8 @@ def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> Traini
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # else Trainer splits a batch over all GPUs that it sees
+    return found
 
 
 class Conduct(TrainerCallback):
@@ -145,12 +147,12 @@ class Conduct(TrainerCallback):
         self.saved_step = 0
         self.tokens, self.seconds = 0, 0.0
         self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
-        self.step_began = time.monotonic()
+        self.began = time.monotonic()  # the step that is running
 
-    def on_step_begin(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.step_began = time.monotonic()
+        self.began = time.monotonic()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,7 +171,8 @@ class Conduct(TrainerCallback):
     ) -> None:
         step = state.global_step
         self.tokens += self.bins.tokens(step - 1)
-        self.seconds += time.monotonic() - self.step_began
+        now = time.monotonic()
+        self.seconds, self.began = self.seconds + now - self.began, now
         if step in self.evaluate_at:
             control.should_evaluate = self.evaluates
             control.should_save = True
@@ -188,6 +191,7 @@ class Conduct(TrainerCallback):
         if "eval_loss" in logs:
             self.held_out_loss[state.global_step] = logs["eval_loss"]
             self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
+            self.began = time.monotonic()
         elif "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise Diverged(
@@ -207,7 +211,8 @@ class Conduct(TrainerCallback):
         self.saved(
             Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
         )
-        self.saved_step, self.next_save = step, time.monotonic() + SAVE_SECONDS
+        self.began = time.monotonic()
+        self.saved_step, self.next_save = step, self.began + SAVE_SECONDS
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a step was to be evaluated and was not: to go on from there would lose its measure."""

@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         error.filename = error.filename or str(path)
-        known = from_os_error(error)
+        known = from_os_error(error, writing=True)
         if known is None:
             raise
         raise known from error
@@ -63,26 +63,35 @@ def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
-        CannotWrite: the disk is full or `target` cannot be written; what was begun is left without a manifest.
+        CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file())
     with writing(target):
         retire(target)
-        target.mkdir(parents=True, exist_ok=True)
-        entries = {}
-        for path in files:
-            name = path.relative_to(source).as_posix()
-            entries[name] = _copy(path, target / name)
-        whole = {"schema": SCHEMA} | manifest | {"files": entries}
-        _write(target / MANIFEST, json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n")
-        _flush_folder(target)
+        try:
+            whole = _copy_all(source, target, manifest)
+        except OSError:
+            with contextlib.suppress(OSError):
+                retire(target)  # a full disk is not helped by half an artifact
+            raise
     return Artifact(target, whole)
+
+
+def _copy_all(source: Path, target: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    target.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = path.relative_to(source).as_posix()
+        entries[name] = _copy(path, target / name)
+    whole = {"schema": SCHEMA} | manifest | {"files": entries}
+    _write(target / MANIFEST, json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n")
+    _flush_folder(target)
+    return whole
 
 
 def retire(target: Path) -> None:
     """Remove an artifact: its manifest first, so that what remains half-way is debris."""
-    (target / MANIFEST).unlink(missing_ok=True)
     if target.is_dir():
+        (target / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(target)
 
 

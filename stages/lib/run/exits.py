@@ -81,16 +81,21 @@ class GateFailed(StageError):
     exit_code, slug = 82, "gate-failed"
 
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+IN_THE_WAY = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 HICCUP = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
-def from_os_error(error: OSError) -> StageError | None:
+def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
     """The stage error that a file-system error amounts to, or None where it is our own fault."""
     where = error.filename or "a file"
-    if error.errno in CANNOT_WRITE:
+    if error.errno in FULL or (writing and error.errno in IN_THE_WAY):
         return CannotWrite(
-            f"cannot write {where}: {error.strerror}; free some space or choose another RUN_DIR or SCRATCH_DIR"
+            f"cannot write {where}: {error.strerror}; make room, or choose another RUN_DIR or SCRATCH_DIR"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return NoPermission(
+            f"cannot read {where}: {error.strerror}; let this user read it, or run as its owner"
         )
     if error.errno in HICCUP:
         return TryAgain(f"the volume failed at {where}: {error.strerror}; the same command goes on")
@@ -121,6 +126,8 @@ class Reported:
             sys.exit(error.exit_code)
         if isinstance(error, SystemExit):
             return
+        if isinstance(error, click.UsageError) and error.ctx and "run_dir" in error.ctx.params:
+            self.stage, self.run_dir = error.ctx.info_name, error.ctx.params["run_dir"]
         known = self.classify(error)
         if known is None:
             traceback.print_exception(error)

@@ -1,9 +1,18 @@
 """The Hugging Face hub: a repository pinned to a commit and brought to local disk, its errors told apart."""
 
+import json
+from errno import ENOSPC
 from pathlib import Path
 
 from stages.lib.run import settings
-from stages.lib.run.exits import BadSetting, Missing, NoPermission, StageError, TryAgain
+from stages.lib.run.exits import (
+    BadSetting,
+    CannotWrite,
+    Missing,
+    NoPermission,
+    StageError,
+    TryAgain,
+)
 
 FILES = {
     "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
@@ -32,7 +41,9 @@ def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, st
         TryAgain: the hub or the network failed.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
 
     try:
         folder = snapshot_download(
@@ -41,7 +52,7 @@ def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, st
             revision=revision,
             allow_patterns=FILES[what],
         )
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
+    except (OSError, ValueError, EntryNotFoundError, http_error) as error:
         known = told_apart(error, repository, revision)
         if known is None:
             raise
@@ -53,8 +64,13 @@ def told_apart(
     error: BaseException | None, repository: str, revision: str | None
 ) -> StageError | None:
     """The stage error that a hub error amounts to, or None where it is not the hub's."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    if isinstance(error, OSError) and error.errno == ENOSPC:
+        cache = constants.HF_HUB_CACHE
+        return CannotWrite(
+            f"there is no room for {repository} in {cache}; make some, or move HF_HOME"
+        )
     if isinstance(error, errors.HFValidationError):
         return BadSetting(f"{repository!r} is no hub id: write owner/name, or a path that exists")
     if isinstance(error, errors.GatedRepoError):  # a subclass of RepositoryNotFoundError
@@ -80,10 +96,13 @@ def told_apart(
         return TryAgain(
             f"the hub failed for {repository} (status {status}); run the same command again"
         )
+    if isinstance(error, UnicodeEncodeError):  # a header
+        return NoPermission("HF_TOKEN holds a character that no token has; copy it anew")
+    if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
+        return BadSetting(f"HF_ENDPOINT is no address of a hub: {error}; write https://...")
     module = type(error).__module__.partition(".")[0]
-    if module in ("httpx", "httpx2", "requests") or isinstance(
-        error, (ConnectionError, TimeoutError)
-    ):
+    web = module in ("httpx", "httpx2", "requests") or isinstance(error, json.JSONDecodeError)
+    if web or isinstance(error, (ConnectionError, TimeoutError)):
         return _no_answer(repository, error)
     return None
 

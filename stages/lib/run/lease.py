@@ -82,14 +82,18 @@ def _stands_still(path: Path, holder: dict[str, Any]) -> bool:
     return True
 
 
-def _take(path: Path, own: dict[str, Any]) -> None:
-    while True:
+def _create(path: Path, own: dict[str, Any]) -> bool:
+    with writing(path):
         try:
-            with writing(path), path.open("x") as file:
+            with path.open("x") as file:
                 file.write(json.dumps(own))
-            return
+            return True
         except FileExistsError:
-            pass
+            return False
+
+
+def _take(path: Path, own: dict[str, Any]) -> None:
+    while not _create(path, own):
         holder = _read(path)
         if holder is None:
             continue

@@ -11,7 +11,11 @@ base_revision = setting(
     "--base-revision", "BASE_REVISION", help="Commit, tag or branch of a hub base model."
 )
 seed = setting(
-    "--seed", "SEED", type=Number(int, low=0), default=0, help="Seed of all that is random."
+    "--seed",
+    "SEED",
+    type=Number(int, low=0, high=2**32 - 1),
+    default=0,
+    help="Seed of all that is random.",
 )
 
 

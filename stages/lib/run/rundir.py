@@ -17,7 +17,7 @@ import click
 from stages import __version__
 from stages.lib.run import artifact, lease, settings
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadSetting, CannotRun, Missing
+from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
 
 MADE_BY = {
@@ -40,7 +40,8 @@ PACKAGES = (
 
 
 run_dir_option = settings.setting(
-    "--run-dir", "RUN_DIR", type=click.Path(path_type=Path, file_okay=False), identity=False,
+    "--run-dir", "RUN_DIR", type=click.Path(path_type=Path), identity=False,
+    is_eager=True,  # known before another setting is refused, so that the refusal is recorded there
     default=Path("runs/default"), help="Folder of the run: its artifacts and checkpoints.",
 )  # fmt: skip
 
@@ -75,12 +76,7 @@ class Run:
         self.settings = settings.recorded(ctx)
         self.started = time.monotonic()
         with artifact.writing(self.folder):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise BadSetting(
-                    f"RUN_DIR {self.folder} goes through a file; choose another"
-                ) from error
+            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "error.json").unlink(missing_ok=True)
 
     def read(self, name: str, folder: Path | None = None, deep: bool = False) -> Artifact:

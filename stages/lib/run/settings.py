@@ -115,26 +115,41 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
     """The keys and values of a preset file; every key must be a declared setting."""
-    from dotenv import dotenv_values
-
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path(".")
         near = did_you_mean(path.name, [file.name for file in folder.glob("*.env")])
         raise BadSetting(f"there is no preset {path}.{near}")
-    values: dict[str, str] = {}
-    for key, value in dotenv_values(path, interpolate=False).items():
+    values = _lines_of(path)
+    for key in values:
         if key in SECRETS:
             raise BadSetting(
                 f"{path} holds {key}: secrets belong in the environment or env/secrets.env"
             )
         if key not in declared:
-            raise BadSetting(
-                f"{path} sets {key}, which is no setting.{did_you_mean(key, declared)}"
-            )
-        if value is None:
-            raise BadSetting(f"{path} has a line {key!r} without a value: write {key}=VALUE")
-        if value:
-            values[key] = value
+            near = did_you_mean(key, declared)
+            raise BadSetting(f"{path} sets {key}, which is no setting.{near}")
+    return {key: value for key, value in values.items() if value}
+
+
+def _lines_of(path: Path) -> dict[str, str]:
+    """The NAME=value lines of a file, as python-dotenv reads them; it passes over others in silence."""
+    from dotenv.parser import parse_stream
+
+    values = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in parse_stream(file):
+                place = f"{path}:{line.original.line}"
+                if line.error:
+                    raise BadSetting(f"{place} is no NAME=value: {line.original.string.strip()!r}")
+                if line.key and line.value is None:
+                    raise BadSetting(
+                        f"{place} names {line.key} without a value: write {line.key}=VALUE"
+                    )
+                if line.key:
+                    values[line.key] = line.value or ""
+    except UnicodeDecodeError as error:
+        raise BadSetting(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
     return values
 
 
@@ -214,11 +229,9 @@ def announcement(ctx: click.Context) -> str:
 
 def load_secrets(folder: Path) -> None:
     """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
-    from dotenv import dotenv_values
-
     path = folder / "secrets.env"
     if path.is_file():
-        for key, value in dotenv_values(path, interpolate=False).items():
+        for key, value in _lines_of(path).items():
             if value and not os.environ.get(key):
                 os.environ[key] = value
     for key in SECRETS:
@@ -249,6 +262,8 @@ def _quiet_libraries() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "critical",
+        "HF_HUB_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "BITSANDBYTES_NOWELCOME": "1",
@@ -261,4 +276,5 @@ def _quiet_libraries() -> None:
     if not sys.warnoptions:
         import warnings
 
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", module="transformers", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="huggingface_hub")
