@@ -1,4 +1,4 @@
-# Any Debian-like base with Python 3.11 or newer serves; the wheels bring CUDA themselves.
+# Any Debian-like base with, or with a package of, Python 3.11 or newer serves; the wheels bring CUDA themselves.
 ARG BASE_IMAGE=python:3.12-slim
 FROM ${BASE_IMAGE}
 
@@ -6,6 +6,8 @@ FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev tini \
+    && (python3 -m ensurepip --version \
+        || apt-get install -y --no-install-recommends python3 python3-dev python3-venv) \
     && rm -rf /var/lib/apt/lists/*
 
 # One layer for the packages, which changes with their pins alone.

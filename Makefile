@@ -5,20 +5,23 @@ IMAGE ?= lora-stages
 RUN_DIR ?= runs/$(PRESET)
 DATA_DIR ?= data
 CACHE_DIR ?= $(HOME)/.cache
-NUM_GPUS ?= 1
 PYTHON ?= python3
 
 # Any text, whatever it holds, reaches the stage through the environment: make must not expand it.
 override PROMPT := $(value PROMPT)
-export PROMPT RUN_DIR NUM_GPUS
+# What was given on this line, so that a stage can refuse a misspelt name.
+MAKE_GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+export PROMPT RUN_DIR MAKE_GIVEN
 
 # Paths are mounted where they are, so that they mean the same inside and outside.
 mount = -v "$(abspath $(1)):$(abspath $(1))$(2)"
-docker = mkdir -p "$(RUN_DIR)" "$(DATA_DIR)" "$(CACHE_DIR)" && docker run --rm --gpus all --shm-size 8g \
-  --stop-timeout 120 --user "$$(id -u):0" --env-file env/settings.names --workdir "$(CURDIR)" \
-  $(call mount,env,:ro) $(call mount,$(DATA_DIR),:ro) $(call mount,$(RUN_DIR)) \
-  -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
+inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(DATASET) $(BASE_MODEL) $(INIT_ADAPTER) $(PROMPTS_FILE))))
+docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" && docker run --rm --pull never --gpus all --shm-size 8g \
+  --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
+  --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \
+  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
 local = .venv/bin/python -m stages
+$(if $(filter docker local,$(RUNNER)),,$(error RUNNER=$(RUNNER) is neither docker nor local))
 stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 

@@ -24,7 +24,7 @@ def stages(ctx: click.Context, env_file: Path | None) -> None:
     """
     group = ctx.command
     assert isinstance(group, settings.Stages)
-    settings.check_make_overrides(group.declared())
+    settings.check_make_overrides(group.names())
     settings.load_secrets(Path("env"))
     if env_file:
         group.use_preset(ctx, env_file)

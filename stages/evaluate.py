@@ -55,6 +55,8 @@ def evaluate(
         if prompt:
             own = conversation.render_prompt(conversation.ask(prompt))
             questions = [{"question": prompt, "prompt": own, "reference": None}, *questions]
+        for question in questions:
+            base.check_room(len(tokens.encode_prompt(question["prompt"])), max_new_tokens)
         precision = made.setting("BASE_PRECISION")
         tuned = adapter.load(load.load(base, precision), made.path, base)
         held_out = prepared.Part(data.path / "held_out.arrow")

@@ -11,7 +11,7 @@ import click
 
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
-from stages.lib.run.settings import Stage, setting
+from stages.lib.run.settings import Stage, more_explicit, setting
 from stages.lib.run.values import Number
 
 
@@ -42,6 +42,10 @@ def generate(
     from stages.lib.data import conversation, prepared, prompts
     from stages.lib.model.base import Base
 
+    if more_explicit(ctx, "prompts_file", "prompt"):
+        prompt = None
+    elif prompt:
+        prompts_file = None
     asked = prompts.read(prompt, prompts_file)
     run = Run(ctx)
     made = run.read("adapter", deep=True)

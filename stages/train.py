@@ -2,7 +2,7 @@
 
 Reads `data/` in the run directory and the base model.
 Writes `checkpoints/step-*/` on the way, and `adapter/`: the adapter with the least held-out loss as plain peft
-reads it, its tokenizer and prompt format, `history.jsonl`, and the last adapter in `last/`.
+reads it, its tokenizer and prompt format, and the last adapter in `last/`; losses are in the manifest.
 """
 
 import shutil
@@ -111,7 +111,7 @@ def train(
     **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
-    from stages.lib.data import bins, prepared
+    from stages.lib.data import bins, prepared, sources
     from stages.lib.model import adapter_files
     from stages.lib.model.base import Base
     from stages.lib.report.table import table
@@ -120,7 +120,10 @@ def train(
 
     run = Run(ctx)
     data = run.read("data")
-    base = Base(base_model, base_revision or data.manifest["inputs"]["base"]["revision"])
+    sources.check_unchanged(run, data)
+    prepared_for = data.manifest["inputs"]["base"]
+    pinned = prepared_for["revision"] if prepared_for["name"] == base_model else None
+    base = Base(base_model, base_revision or pinned)
     inputs: dict[str, object] = {"data": data.digest, "base": base.reference()}
     if init_adapter:
         inputs["init_adapter"] = sha256(adapter_files.find(init_adapter) / adapter_files.WEIGHTS)
@@ -156,8 +159,7 @@ def train(
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
         )  # fmt: skip
-        last = checkpoints.verified(run.folder)[-1]
-        best = checkpoints.best(run.folder) or last
+        best, last = checkpoints.finished(run.folder, plan.steps)
         out = scratch / "adapter"
         adapter.assemble(best.path, last.path, out)
         shutil.copy(data.path / prepared.FORMAT, out)

@@ -220,7 +220,7 @@ def test_secrets_file_that_is_not_utf8(stages: Stages, tmp_path: Path) -> None:
 
 
 def test_make_override_that_is_no_setting(stages: Stages) -> None:
-    overrides = {"MAKEFLAGS": "w -- LEARNIN_RATE=1e-3 PRESET=sample"}
+    overrides = {"MAKE_GIVEN": "LEARNIN_RATE PRESET"}
     refused(stages("train", env=overrides), 2, "LEARNIN_RATE", "Did you mean LEARNING_RATE?")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,8 +160,6 @@ def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:
     one = run_stages(smoke, *SMOKE, "generate", "--run-dir", "run", stdin="What is a list?\n")
     assert one.returncode == 0
     assert one.stdout.strip() == found[0]["answer"]
-    import shutil
-
     shutil.rmtree(smoke / "run" / "generations")
 
 
@@ -242,7 +241,7 @@ def test_a_warm_start_begins_where_the_adapter_ended(
         "--init-adapter",
         "one",
         "--learning-rate",
-        "1e-9",
+        "1e-7",
     )
     done = run_stages(tmp_path, *args, "--max-steps", "1")
     assert done.returncode == 0, done.stderr
@@ -253,6 +252,7 @@ def test_a_warm_start_begins_where_the_adapter_ended(
         for run in ("one", "two")
     )
     assert one.keys() == two.keys()
+    assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items())  # it did move
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6)
     assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
@@ -292,6 +292,42 @@ def test_stopped_and_started_again_it_is_the_same_adapter(
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept[-1] == "step-00000040"
     assert len(kept) <= 3
+
+
+def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    env = {
+        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
+        "BATCH_TOKENS": "256", "MAX_STEPS": "4", "RUN_DIR": "run",
+    }  # fmt: skip
+    for stage in ("prepare-data", "train"):
+        assert run_stages(tmp_path, stage, env=env).returncode == 0
+    # As a forced run leaves it when it is stopped behind its third step.
+    for name in ("adapter", "checkpoints/step-00000004"):
+        shutil.rmtree(tmp_path / "run" / name)
+    done = run_stages(tmp_path, "train", "--force", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stderr
+    done = run_stages(tmp_path, "train", "--force", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stderr
+    other = run_stages(tmp_path, "train", "--learning-rate", "1e-3", env=env)
+    assert other.returncode == 78
+    assert "LEARNING_RATE was 0.0002, is now 0.001" in other.stderr
+
+
+def test_data_that_was_edited_since_is_not_trained_on(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    shutil.copy(rows, tmp_path / "mine.jsonl")
+    common = ("--base-model", str(tiny), "--run-dir", "run")
+    data = ("--dataset", "mine.jsonl", "--max-length", "128")
+    assert run_stages(tmp_path, "prepare-data", *common, *data).returncode == 0
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "### Human: x### Assistant: y"}) + "\n")
+    done = run_stages(tmp_path, "train", *common)
+    assert done.returncode == 78
+    assert "its input dataset was" in done.stderr
+    assert "prepare-data" in done.stderr
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,7 @@ def options(ctx: click.Context, names: bool) -> None:
     """Print every setting as Markdown."""
     group = ctx.find_root().command
     assert isinstance(group, Stages)
-    click.echo(group.names() if names else markdown(group), nl=False)
+    click.echo("\n".join(group.names()) + "\n" if names else markdown(group), nl=False)
 
 
 def markdown(group: Stages) -> str:

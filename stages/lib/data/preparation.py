@@ -25,17 +25,24 @@ BATCH = 1000
 
 @dataclass
 class Example:
-    """One row on its way: where it came from, what it says, and then its ids and mask."""
+    """One row on its way: where it came from, what it says, and then its ids and mask.
+
+    `unanswered` is the text of turns at the end that nobody answers; `cut` says that tokens were lost.
+    """
 
     row: int
     where: str
     text: str
     turns: list[Turn]
+    unanswered: str = ""
+    cut: bool = False
     ids: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
 
     def prompt(self) -> dict[str, Any] | None:
         """The conversation up to the last answer, and that answer; None where nothing is asked."""
+        if self.cut:
+            return None
         answers = [i for i, turn in enumerate(self.turns) if turn.role == "assistant"]
         if not answers or not any(turn.role == "user" for turn in self.turns[: answers[-1]]):
             return None
@@ -59,6 +66,7 @@ class Ledger:
     rows_dropped: dict[str, int] = field(default_factory=dict)
     rows_truncated: int = 0
     rows_held_out: int = 0
+    turns_dropped: int = 0
     tokens: int = 0
     trainable_tokens: int = 0
     tokens_lost: int = 0
@@ -146,13 +154,15 @@ def conversations(rows: Iterable[Row], loss_on: str, ledger: Ledger) -> Iterator
             ledger.drop("empty")
             continue
         turns = parse(text)
-        if loss_on == "assistant":
-            while turns and turns[-1].role != "assistant":  # nobody answers it
-                turns.pop()
-            if not turns:
-                ledger.drop("no_answer")
-                continue
-        yield Example(ledger.rows_read, row.where, text, turns)
+        answered = len(turns)
+        while loss_on == "assistant" and answered and turns[answered - 1].role != "assistant":
+            answered -= 1
+        if not answered:
+            ledger.drop("no_answer")
+            continue
+        ledger.turns_dropped += len(turns) - answered
+        unanswered = "".join(segment.text for segment in render(turns[answered:], loss_on))
+        yield Example(ledger.rows_read, row.where, text, turns[:answered], unanswered)
 
 
 def _text(row: Row) -> str:
@@ -206,6 +216,8 @@ def _encode(
     segments: list[list[Segment]] = [render(example.turns, loss_on) for example in batch]
     for example, found in zip(batch, tokens.encode(segments, loss_on != "all"), strict=True):
         example.ids, example.trained = found
+        if example.unanswered:
+            ledger.tokens_lost += len(tokens.encode_prompt(example.unanswered))
         if _fit(example, max_length, on_long, tokens.eos, ledger):
             ledger.keep(example, tokens.eos)
             yield example
@@ -231,6 +243,7 @@ def _fit(example: Example, max_length: int, on_long: str, eos: int, ledger: Ledg
             cut -= 1
         example.ids = [*example.ids[:cut], eos]
         example.trained = [*example.trained[:cut], True]
+        example.cut = True
     if not any(example.trained[:-1]):
         ledger.drop("nothing_to_learn")
         ledger.tokens_lost += before

@@ -110,9 +110,9 @@ class Part:
 
 def prompts(folder: Path) -> list[dict[str, Any]]:
     """The held-out questions of a data artifact: `row`, `question`, `prompt` (rendered) and `reference`."""
-    return [
-        json.loads(line) for line in (folder / PROMPTS).read_text(encoding="utf-8").splitlines()
-    ]
+    # Not splitlines, which also cuts at the line separators that a text may hold.
+    lines = (folder / PROMPTS).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def check_format(folder: Path, tokens: Tokens) -> dict[str, Any]:

@@ -14,17 +14,15 @@ FILE = "generations.jsonl"
 
 
 def read(prompt: str | None, path: Path | None) -> list[str]:
-    """What is asked.
+    """What is asked: the prompts of a file, a prompt, or standard input.
 
     Raises:
-        BadSetting: nothing, or two things. Missing: no such file. BadData: a line that holds no prompt.
+        BadSetting: nothing. Missing: no such file. BadData: a line that holds no prompt.
     """
-    if prompt and path:
-        raise BadSetting("both PROMPT and PROMPTS_FILE are set; leave one out")
     if path:
         return _file(path)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").strip()
     if not prompt or not prompt.strip():
         raise BadSetting(
             'nothing is asked: use --prompt, make generate PROMPT="...", --prompts-file or standard input'
@@ -38,7 +36,7 @@ def _file(path: Path) -> list[str]:
     if not path.is_file():
         raise Missing(f"there is no prompts file {path.absolute()}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadData(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
     found = [_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.run import hub
-from stages.lib.run.artifact import sha256
+from stages.lib.run.artifact import Artifact, sha256
 from stages.lib.run.exits import BadData, Missing
+from stages.lib.run.rundir import Run
 
 SAMPLE = "sample"
 LINES = {".jsonl", ".ndjson"}
 SUFFIXES = LINES | {".json", ".csv", ".parquet"}
 # The words by which Hugging Face data sets name the part that is not for training.
+NO_DATA = {"dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside
 HELD_OUT = re.compile(
     r"(?:^|[^a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?:[^a-z]|$)", re.I
 )
@@ -54,8 +56,10 @@ class Source:
             return {"path": name, "bytes": stat.st_size, "sha256": sha256(path)}
         entry = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         old = known.get(str(path), {})
-        unchanged = all(old.get(key) == value for key, value in entry.items())
-        return entry | {"sha256": old["sha256"] if unchanged else sha256(path)}
+        if all(old.get(key) == value for key, value in entry.items()):
+            return old
+        found = entry | {"sha256": sha256(path)}
+        return old if old.get("sha256") == found["sha256"] else found  # only touched
 
 
 def _python() -> str:
@@ -68,6 +72,18 @@ def reference(dataset: str, known: dict[str, Any] | None) -> dict[str, Any]:
     """What identifies a data set without asking the hub; see `Source.inputs` for `known`."""
     local = Path(dataset).exists() or glob.has_magic(dataset) or dataset == SAMPLE
     return find(dataset, None).inputs(known) if local else {"name": dataset}
+
+
+def check_unchanged(run: Run, data: Artifact) -> None:
+    """Refuse prepared data whose source files have changed since; where they are no more, it stands alone.
+
+    Raises:
+        CannotRun: the data is stale.
+    """
+    known = data.manifest["inputs"]["dataset"]
+    files = [] if known.get("revision") else known.get("files", [])  # a commit does not change
+    if files and all(Path(entry["path"]).is_file() for entry in files):
+        run.check_made_from(data, "dataset", reference(known["name"], known))
 
 
 def find(dataset: str, revision: str | None) -> Source:
@@ -88,7 +104,7 @@ def find(dataset: str, revision: str | None) -> Source:
             raise BadData(f"{path} is none of {', '.join(sorted(SUFFIXES))}; convert it first")
         return Source(dataset, train=[path])
     if path.is_dir():
-        return _split(dataset, path.rglob("*"))
+        return _split(dataset, path.rglob("*"), path)
     if glob.has_magic(dataset):
         return _split(dataset, map(Path, glob.glob(dataset, recursive=True)))
     looks_local = path.suffix in SUFFIXES or path.is_absolute() or dataset.startswith(".")
@@ -97,20 +113,29 @@ def find(dataset: str, revision: str | None) -> Source:
             f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
         )
     folder, commit = hub.snapshot(dataset, revision, "dataset")
-    return replace(_split(dataset, folder.rglob("*")), revision=commit, root=folder)
+    return replace(_split(dataset, folder.rglob("*"), folder), revision=commit, root=folder)
 
 
-def _split(name: str, paths: Iterable[Path]) -> Source:
-    files = sorted(path for path in paths if path.suffix in SUFFIXES and not path.is_dir())
+def _split(name: str, paths: Iterable[Path], root: Path | None = None) -> Source:
+    files = sorted(
+        path
+        for path in paths
+        if path.suffix in SUFFIXES and path.name not in NO_DATA and not path.is_dir()
+    )
     lost = [path for path in files if not path.exists()]
     if lost:
         raise Missing(f"{lost[0]} is a link to nothing; mend it, or remove it")
-    held_out = [path for path in files if HELD_OUT.search(path.stem)]
+    held_out = [path for path in files if HELD_OUT.search(_below(path, root))]
     train = [path for path in files if path not in held_out]
     if not train:
         kinds = ", ".join(sorted(SUFFIXES))
         raise Missing(f"{name} holds no training file ({kinds}); name the files with a glob")
     return Source(name, None, train, held_out)
+
+
+def _below(path: Path, root: Path | None) -> str:
+    """The part of a path that tells its split: all below the data set's own folder."""
+    return str(path.with_suffix("").relative_to(root)) if root else path.stem
 
 
 def rows(source: Source, files: list[Path]) -> Iterator[Row]:

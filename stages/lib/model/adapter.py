@@ -11,7 +11,7 @@ from stages.lib.model.adapter_files import CONFIG, WEIGHTS, find
 from stages.lib.model.base import Base
 from stages.lib.run import artifact
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadData, BadSetting, Diverged
+from stages.lib.run.exits import BadData, BadSetting, Diverged, GateFailed
 
 
 def attach(
@@ -95,8 +95,16 @@ def load(
             f"the adapter in {folder} cannot be read ({error}); train it again"
         ) from error
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+        tuned = PeftModel.from_pretrained(
+            model,
+            str(folder),
+            config=config,
+            is_trainable=trainable,
+            torch_device=str(model.device),  # peft would choose the GPU for a base on the CPU
+        )
     except (RuntimeError, ValueError) as error:
+        if "size mismatch" not in str(error) and "not found in the base" not in str(error):
+            raise
         raise BadData(
             f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}"
         ) from error
@@ -191,7 +199,7 @@ def b_norm(folder: Path) -> float:
     """The norm of all B matrices of a saved adapter; it is zero before the first step.
 
     Raises:
-        Diverged: a weight is not finite.
+        Diverged: a weight is not finite. GateFailed: nothing was learned.
     """
     from safetensors.torch import load_file
 
@@ -201,4 +209,8 @@ def b_norm(folder: Path) -> float:
             raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
         if "lora_B" in name:
             squares += float(tensor.float().square().sum())
+    if not squares:
+        raise GateFailed(
+            "no B matrix has moved from zero: nothing was learned; raise LEARNING_RATE or EPOCHS"
+        )
     return float(squares**0.5)

@@ -43,7 +43,7 @@ class AtStop(StoppingCriteria):
         # A stop text has fewer tokens than characters, so it lies within so many of the last.
         reach = max(self.start, input_ids.shape[1] - max(map(len, self.stops), default=0))
         said = [self.tokens.decode(row[reach:].tolist()) for row in input_ids]
-        stopped = [any(stop in text for stop in self.stops) for text in said]
+        stopped = [_holds(text, self.stops) for text in said]
         return torch.tensor(stopped, device=input_ids.device)
 
 
@@ -131,8 +131,16 @@ def _answer(ids: list[int], tokens: Tokenizer, stops: Sequence[str]) -> Answer:
     ended = tokens.eos in ids
     said = ids[: ids.index(tokens.eos)] if ended else ids
     text = tokens.decode(said)
-    stopped = ended or any(stop in text for stop in stops)
-    return Answer(_until(text, stops).strip(), len(said) + ended, "stop" if stopped else "length")
+    at_stop = _holds(text, stops)
+    if at_stop:  # what comes after it is padding, or another row's time
+        spoken = (n for n in range(len(said)) if _holds(tokens.decode(said[:n]), stops))
+        said = said[: next(spoken, len(said))]
+    finish = "stop" if ended or at_stop else "length"
+    return Answer(_until(text, stops).strip(), len(said) + (ended and not at_stop), finish)
+
+
+def _holds(text: str, stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops)
 
 
 def in_batches(

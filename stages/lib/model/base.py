@@ -9,6 +9,7 @@ from typing import Any
 from stages.lib.model import sample
 from stages.lib.run import hub
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
+from stages.lib.run.progress import say
 
 BLOCKS, BLOCK = 64, 4096
 
@@ -53,6 +54,7 @@ class Base:
             self.folder = self.path.resolve()
         else:
             what = "model" if weights else "tokenizer"
+            say(f"fetching the {what} of {self.name}")
             self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
         self._check(weights)
         return self.folder

@@ -8,8 +8,6 @@ import torch
 from stages.lib.model.base import Base
 from stages.lib.run.exits import BadData, CannotRun
 
-PRECISIONS = ("nf4", "int8", "bf16", "fp32")
-
 
 def device() -> torch.device:
     """The GPU, where there is one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.lib.model.answer import answer
 from stages.lib.model.loss import Rows, held_out_bins, mean_nll
+from stages.lib.run.exits import GateFailed
 from stages.lib.run.progress import Progress
 
 BATCH = 8
@@ -43,6 +44,10 @@ def compare(
                 if bins:
                     rows = ([held_out[row] for row in b] for b in bins)
                     loss = mean_nll(tuned, precision, rows, progress.advance)
+                    if not math.isfinite(loss):
+                        raise GateFailed(
+                            f"the held-out loss of the {side} model is not finite; train again"
+                        )
                 found = []
                 for first in range(0, len(questions), BATCH):
                     batch = questions[first : first + BATCH]
@@ -53,7 +58,7 @@ def compare(
                 entry[side] = {"text": said.text, "tokens": said.tokens, "finish": said.finish}
             sides[side] = {
                 "loss": loss,
-                "perplexity": None if loss is None else math.exp(loss),
+                "perplexity": None if loss is None or loss > 700 else math.exp(loss),
                 "stop_rate": _mean([said.finish == "stop" for said in found]),
                 "answer_tokens": _mean([said.tokens for said in found]),
             }

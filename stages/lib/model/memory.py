@@ -57,18 +57,27 @@ def fit(tuned: Any, precision: str, choices: list[tuple[int, bool]]) -> tuple[in
 
 
 def _passes(tuned: Any, precision: str, size: int) -> bool:
+    """Whether a full bin of two rows fits, beside gradients that are held and the optimizer's state.
+
+    Two rows, because they need a mask that one row does not; twice, as in an accumulation.
+    """
     ids = np.arange(size, dtype=np.int64) % tuned.config.vocab_size
-    batch = {name: t.to(load.device()) for name, t in lay_out([(ids, np.ones(size, bool))]).items()}
+    rows = [(part, np.ones(len(part), bool)) for part in np.split(ids, [size // 2])]
+    batch = {name: t.to(load.device()) for name, t in lay_out(rows).items()}
     tuned.train()
+    loss = state = None
     try:
-        with load.compute(precision):
-            loss = nll_sum(tuned, batch)
-        loss.backward()
+        trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        state = torch.empty(2 * trained, dtype=torch.float32, device=load.device())
+        for _ in range(2):
+            with load.compute(precision):
+                loss = nll_sum(tuned, batch)
+            loss.backward()
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
         tuned.zero_grad(set_to_none=True)
-        loss = None
+        del loss, state
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

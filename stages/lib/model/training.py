@@ -1,5 +1,6 @@
 """The training loop: Hugging Face's Trainer, fed with bins, on losses averaged by learned tokens."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -64,17 +65,30 @@ class LoraTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: Any, arguments: TrainingArguments, bins: Bins, held_out: Rows, precision: str
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        bins: Bins,
+        held_out: Rows,
+        precision: str,
+        rate: Callable[[int, int], float],
     ) -> None:
         # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
         super().__init__(model=model, args=arguments, compute_loss_func=nll_sum)
-        self.bins, self.held_out, self.precision = bins, held_out, precision
+        self.bins, self.held_out, self.precision, self.rate = bins, held_out, precision, rate
 
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin."""
         return torch.utils.data.DataLoader(
             self.bins, batch_size=1, collate_fn=lambda batch: batch[0]
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our own schedule: Trainer's gives the first step of a warm-up a learning rate of 0."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda done: self.rate(done, num_training_steps)
+        )
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any
@@ -99,6 +113,22 @@ class LoraTrainer(Trainer):
         adapter.save(self.model, Path(str(output_dir)))
 
 
+def learning_rate(schedule: str, warmup: float, done: int, steps: int) -> float:
+    """The share of the peak learning rate that the next step has.
+
+    Args:
+        schedule: `cosine` or `linear`, to 0 behind the last step, or `constant`. warmup: share of the steps.
+        done: steps that are behind.
+    """
+    rising = math.ceil(warmup * steps)
+    if done < rising:
+        return (done + 1) / rising
+    left = max(steps - done, 0) / max(steps - rising, 1)
+    return {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[
+        schedule
+    ]
+
+
 def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> TrainingArguments:
     """Trainer's arguments from our settings; saving, evaluating and reporting are the callback's."""
     found = TrainingArguments(
@@ -107,10 +137,6 @@ def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> Traini
         gradient_accumulation_steps=plan.bins_per_step,
         num_train_epochs=1,  # of `Bins`, which holds the whole run
         learning_rate=given["learning_rate"],
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            given["schedule"], given["schedule"]
-        ),
-        warmup_steps=math.ceil(given["warmup"] * plan.steps),
         max_grad_norm=given["max_grad_norm"],
         weight_decay=given["weight_decay"],
         optim=given["optimizer"],
@@ -188,15 +214,17 @@ class Conduct(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
+        loss = logs.get("eval_loss", logs.get("loss", 0.0))
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss after step {state.global_step} is not finite; lower LEARNING_RATE "
+                "(the checkpoint before it is kept)"
+            )
         if "eval_loss" in logs:
             self.held_out_loss[state.global_step] = logs["eval_loss"]
             self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
             self.began = time.monotonic()
         elif "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise Diverged(
-                    f"the loss of step {state.global_step} is not finite; lower LEARNING_RATE"
-                )
             self.progress.update(
                 state.global_step,
                 loss=logs["loss"],
@@ -245,14 +273,15 @@ def train(
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
     """
-    if resume and history.steps_done(resume) >= plan.steps:
+    done = history.steps_done(resume) if resume else 0
+    if done >= plan.steps:
         return {}  # Trainer would take one more step
     bins = Bins(plan, rows)
-    trainer = LoraTrainer(
-        tuned, arguments(scratch, plan, precision, **recipe), bins, held_out, precision
-    )
+    rate = functools.partial(learning_rate, recipe["schedule"], recipe["warmup"])
+    given = arguments(scratch, plan, precision, **recipe)
+    trainer = LoraTrainer(tuned, given, bins, held_out, precision, rate)
     trainer.remove_callback(PrinterCallback)
-    with Progress(plan.steps, "steps") as progress:
+    with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
         conduct = Conduct(bins, len(held_out) > 0, saved, progress)
         trainer.add_callback(conduct)
         try:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table as text; long cells are wrapped."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*headings, title=title or None, title_justify="left", box=SIMPLE_HEAD)
+    drawn = Table(*headings, box=SIMPLE_HEAD)
     for row in rows:
         drawn.add_row(*(Text(cell if isinstance(cell, str) else _number(cell)) for cell in row))
     out = Console(file=io.StringIO(), width=100)
@@ -36,9 +36,10 @@ def account(metrics: dict[str, Any]) -> str:
         ("  held out", metrics["rows_held_out"]),
         ("  truncated", metrics["rows_truncated"]),
         ("  ending in a trained EOS", metrics["rows_ending_in_trained_eos"]),
+        ("  unanswered turns left out", metrics["turns_dropped"]),
         ("tokens", metrics["tokens"]),
         ("  trained", metrics["trainable_tokens"]),
-        ("  lost to MAX_LENGTH", metrics["tokens_lost"]),
+        ("tokens lost", metrics["tokens_lost"]),
         ("longest row, tokens", metrics["length_quantiles"]["1"]),
         ("median row, tokens", metrics["length_quantiles"]["0.5"]),
     ]

@@ -6,6 +6,7 @@ mounts alike. A folder without a valid manifest is debris.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.lib.run import preemption
 from stages.lib.run.exits import BadData, from_os_error
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 BLOCK = 4 << 20
+# What mounts say that know no fsync; close is then all that they promise.
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     Raises:
         CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
-    with writing(target):
+    json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
+    with preemption.deferred(), writing(target):
         retire(target)
         try:
             whole = _copy_all(source, target, manifest)
@@ -123,17 +128,23 @@ def _write(target: Path, content: bytes) -> None:
 
 def _flush(file: Any) -> None:
     file.flush()
-    with contextlib.suppress(OSError):  # some mounts know no fsync; close is then what they promise
-        os.fsync(file.fileno())
+    _sync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:  # a failed write shows here, and only once
+            raise
 
 
 def _set_mode(path: Path) -> None:

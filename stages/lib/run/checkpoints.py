@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.lib.run import artifact
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadData
+from stages.lib.run.exits import BadData, TryAgain
 from stages.lib.run.progress import say
 from stages.lib.run.rundir import Run
 
@@ -39,10 +39,10 @@ def step(checkpoint: Artifact) -> int:
     return int(checkpoint.metrics["step"])
 
 
-def best(run_dir: Path) -> Artifact | None:
-    """The one with the least held-out loss, the earliest among equals; None where none was measured."""
-    measured = [c for c in verified(run_dir, deep=False) if c.metrics["held_out_loss"] is not None]
-    return min(measured, key=lambda c: (c.metrics["held_out_loss"], step(c)), default=None)
+def _best(whole: list[Artifact]) -> Artifact:
+    """The one with the least held-out loss, the earliest among equals; the last where none was measured."""
+    measured = [c for c in whole if c.metrics["held_out_loss"] is not None]
+    return min(measured, key=lambda c: (c.metrics["held_out_loss"], step(c)), default=whole[-1])
 
 
 def prune(run_dir: Path, keep: Artifact) -> None:
@@ -50,30 +50,48 @@ def prune(run_dir: Path, keep: Artifact) -> None:
     if artifact.load(keep.path, deep=True) is None:
         return
     whole = verified(run_dir, deep=False)
-    kept = {c.path for c in [*whole[-KEEP:], *filter(None, [best(run_dir)])]}
+    kept = {c.path for c in [*whole[-KEEP:], _best(whole)]}
     for _, path in _steps(run_dir / "checkpoints"):
         if path not in kept and path != keep.path:
             artifact.retire(path)
 
 
 def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
-    """The checkpoint to go on from; with --force, or where there is none, None.
+    """The checkpoint to go on from, or None where the run begins.
+
+    With --force, a finished run or one of other settings is removed first; one that was itself begun with
+    --force and stopped goes on.
 
     Raises:
         CannotRun: the checkpoints belong to other settings or inputs.
     """
-    if run.force:
+    whole = verified(run.folder)
+    changed = run.differences(whole[-1], inputs) if whole else []
+    if run.force and (changed or artifact.load(run.folder / "adapter")):
+        artifact.retire(run.folder / "adapter")
         for _, path in _steps(run.folder / "checkpoints"):
             artifact.retire(path)
         return None
-    whole = verified(run.folder)
-    if not whole:
-        return None
-    changed = run.differences(whole[-1], inputs)
     if changed:
         raise run.belongs_to_others(whole[-1].path, changed)
+    if not whole:
+        return None
     say(f"going on from step {step(whole[-1])}")
     return whole[-1]
+
+
+def finished(run_dir: Path, steps: int) -> tuple[Artifact, Artifact]:
+    """The best and the last checkpoint of a run of `steps`, every byte verified.
+
+    Raises:
+        TryAgain: the last step's is not whole.
+    """
+    whole = verified(run_dir)
+    if not whole or step(whole[-1]) != steps:
+        raise TryAgain(
+            f"the checkpoint after step {steps} in {run_dir} is not whole; the same command makes it again"
+        )
+    return _best(whole), whole[-1]
 
 
 def bring(checkpoint: Artifact, scratch: Path) -> Path:

@@ -51,6 +51,12 @@ class TryAgain(StageError):
     exit_code, slug = 75, "try-again"
 
 
+class InUse(TryAgain):
+    """Another process writes here; that run's own record is left as it is."""
+
+    slug = "in-use"
+
+
 class NoPermission(StageError):
     """A gated model, or a missing or wrong token."""
 
@@ -160,7 +166,7 @@ class Reported:
         click.echo(f"{prefix}{error.format_message()} [exit {error.exit_code}]", err=True)
 
     def _record(self, known: click.ClickException | None, error: BaseException) -> None:
-        if self.run_dir is None or not self.run_dir.is_dir():
+        if self.run_dir is None or not self.run_dir.is_dir() or isinstance(known, InUse):
             return
         message = known.format_message() if known else f"{type(error).__name__}: {error}"
         record = {

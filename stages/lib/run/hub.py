@@ -23,8 +23,9 @@ FILES = {
         "*.model",
         "*.jinja",
         "vocab.json",
+        "merges.txt",
     ],
-    "dataset": ["*.jsonl", "*.json", "*.csv", "*.parquet"],
+    "dataset": ["*.jsonl", "*.ndjson", "*.json", "*.csv", "*.parquet"],
 }
 
 

@@ -10,18 +10,20 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.lib.run import preemption
 from stages.lib.run.artifact import writing
-from stages.lib.run.exits import TryAgain
+from stages.lib.run.exits import InUse
 from stages.lib.run.progress import say
 
 HOLDER = "holder.json"
 BEAT_SECONDS = 10.0
+SETTLE_SECONDS = 0.5
 STALE_SECONDS = 60.0
+IDENTITY = ("host", "boot", "pid", "started")
 
 
 def _boot() -> str:
@@ -99,19 +101,33 @@ def _take(path: Path, own: dict[str, Any]) -> None:
             continue
         same_host = holder.get("host") == own["host"]
         if not (_dead(holder, own) or (not same_host and _stands_still(path, holder))):
-            raise TryAgain(
-                f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} "
-                f"since {holder.get('started')}; wait for it, or choose another RUN_DIR"
-            )
+            raise _in_use(path, holder)
         path.unlink(missing_ok=True)
+        if _create(path, own):
+            time.sleep(SETTLE_SECONDS)  # another may have found the same holder dead
+            _check_ours(path, own)
+            return
+
+
+def _in_use(path: Path, holder: dict[str, Any]) -> InUse:
+    return InUse(
+        f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} "
+        f"since {holder.get('started')}; wait for it, or choose another RUN_DIR"
+    )
+
+
+def _check_ours(path: Path, own: dict[str, Any]) -> None:
+    holder = _read(path)
+    if holder and any(holder.get(key) != own[key] for key in IDENTITY):
+        raise _in_use(path, holder)
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory.
+def held(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Hold a run directory; what is given raises `InUse` once another process has taken it over.
 
     Raises:
-        TryAgain: another live process holds it.
+        InUse: another live process holds it.
     """
     path, own = run_dir / HOLDER, _own()
     _take(path, own)
@@ -119,15 +135,32 @@ def held(run_dir: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_SECONDS):
+            try:
+                _check_ours(path, own)
+            except InUse as lost:  # we were taken for dead; whoever took over is right now
+                preemption.request(lost.message)
+                return
             own["beat"] += 1
-            with contextlib.suppress(OSError):
-                path.write_text(json.dumps(own))
+            _rewrite(path, json.dumps(own))
 
     thread = threading.Thread(target=beat, daemon=True, name="lease")
     thread.start()
     try:
-        yield
+        yield lambda: _check_ours(path, own)
     finally:
         stop.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(InUse, OSError):
+            _check_ours(path, own)
+            path.unlink(missing_ok=True)
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """Replace the holder file in one go where the mount can; a beat that fails is made up by the next."""
+    beside = path.with_suffix(".beat")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.write_text(text)

@@ -1,35 +1,57 @@
-"""Stop signals: noted when they come, acted on where the state is whole."""
+"""Stop signals: acted on at once, but where a loop asked to choose the moment itself."""
 
+import contextlib
 import os
 import signal
+import time
+from collections.abc import Iterator
 from types import FrameType
 
 from stages.lib.run.exits import TryAgain
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_received: list[int] = []
+REPEAT_SECONDS = 3.0  # a scheduler sends two, to the process and to its group; a person means it
+_reasons: list[str] = []
+_first = 0.0
+_deferred = 0
 
 
 def listen() -> None:
-    """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a second one ends the process at once."""
-    _received.clear()
+    """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process."""
+    _reasons.clear()
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if _received:
+    global _first
+    now = time.monotonic()
+    if _reasons and now - _first > REPEAT_SECONDS:
         os._exit(128 + number)
-    _received.append(number)
+    if not _reasons:
+        _first = now
+        request(f"stopped by {signal.Signals(number).name}")
+        if not _deferred:
+            check()
 
 
-def requested() -> bool:
-    """Whether a stop was asked for."""
-    return bool(_received)
+def request(reason: str) -> None:
+    """Ask the loops of this process to stop."""
+    _reasons.append(reason)
 
 
 def check() -> None:
     """Raise `TryAgain` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
-    if _received:
-        name = signal.Signals(_received[0]).name
-        raise TryAgain(f"stopped by {name}; the same command goes on")
+    if _reasons:
+        raise TryAgain(f"{_reasons[0]}; the same command goes on")
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let what runs inside call `check` where its state is whole, instead of being cut off anywhere."""
+    global _deferred
+    _deferred += 1
+    try:
+        yield
+    finally:
+        _deferred -= 1

@@ -77,15 +77,14 @@ class Run:
         self.started = time.monotonic()
         with artifact.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "error.json").unlink(missing_ok=True)
 
-    def read(self, name: str, folder: Path | None = None, deep: bool = False) -> Artifact:
+    def read(self, name: str, deep: bool = False) -> Artifact:
         """A verified input of this run; its settings must be those that the preset and environment say now.
 
         Raises:
             Missing: its stage has not finished. BadData: it is corrupt. CannotRun: it is stale.
         """
-        folder = folder or self.folder / name
+        folder = self.folder / name
         found = artifact.load(folder, deep=deep or self.deep)
         if found is None:
             raise Missing(
@@ -185,6 +184,7 @@ class Run:
         **facts: Any,
     ) -> Artifact:
         """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
+        self.check_held()
         manifest = {
             "stage": self.stage,
             "inputs": inputs,
@@ -199,7 +199,8 @@ class Run:
     @contextlib.contextmanager
     def work(self) -> Iterator[Path]:
         """Hold the run directory, with a scratch folder that goes away at the end."""
-        with lease.held(self.folder):
+        with lease.held(self.folder) as self.check_held:
+            (self.folder / "error.json").unlink(missing_ok=True)
             parent = settings.scratch_parent()
             with artifact.writing(parent):
                 parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ Precedence: flag > environment > preset (`--env-file FILE`, read with python-dot
 import difflib
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -20,6 +19,12 @@ from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SECRETS = ("HF_TOKEN",)
+# What the libraries and `scratch_parent` read, beside the settings; proxies in both spellings.
+OTHERS = (
+    "SCRATCH_DIR", "MAKE_GIVEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
+MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "PYTHON", "HF_HOME")
 ORIGINS = {
     click.ParameterSource.COMMANDLINE: "flag",
     click.ParameterSource.ENVIRONMENT: "environment",
@@ -85,17 +90,9 @@ class Stages(click.Group):
                     found.setdefault(option.variable, []).append((name, option))
         return found
 
-    def names(self) -> str:
-        """Every environment name that a container is to be given, one a line."""
-        others = (
-            "HF_TOKEN",
-            "HF_ENDPOINT",
-            "HF_HUB_OFFLINE",
-            "SCRATCH_DIR",
-            "CUDA_VISIBLE_DEVICES",
-            "MAKEFLAGS",
-        )
-        return "\n".join(sorted({*self.declared(), *others})) + "\n"
+    def names(self) -> list[str]:
+        """Every environment name that a container is to be given."""
+        return sorted({*self.declared(), *SECRETS, *OTHERS})
 
     def use_preset(self, ctx: click.Context, path: Path) -> None:
         """Make a preset's values the defaults of the commands that declare them."""
@@ -153,26 +150,29 @@ def _lines_of(path: Path) -> dict[str, str]:
     return values
 
 
-def check_make_overrides(declared: Iterable[str]) -> None:
-    """Refuse `make train LEARNIN_RATE=1`, which make itself would pass on without a word."""
-    known = {
-        *declared,
-        *SECRETS,
-        "PRESET",
-        "RUNNER",
-        "DATA_DIR",
-        "IMAGE",
-        "NUM_GPUS",
-        "PYTHON",
-        "CACHE_DIR",
-    }
-    _, _, overrides = f" {os.environ.get('MAKEFLAGS', '')}".partition(" -- ")
-    for word in re.split(r"(?<!\\)\s", overrides):  # make escapes the blanks inside a value
-        name, equals, _ = word.partition("=")
-        if equals and name not in known:
-            raise BadSetting(
-                f"make was given {name}, which is no setting.{did_you_mean(name, known)}"
-            )
+def check_make_overrides(known: Iterable[str]) -> None:
+    """Refuse `make train LEARNIN_RATE=1`, which make itself would pass on without a word.
+
+    Our Makefile puts the names that were given on its command line into MAKE_GIVEN.
+    """
+    for name in os.environ.get("MAKE_GIVEN", "").split():
+        if name not in known and name not in MAKE_NAMES:
+            near = did_you_mean(name, [*known, *MAKE_NAMES])
+            raise BadSetting(f"make was given {name}, which is no setting.{near}")
+
+
+def more_explicit(ctx: click.Context, one: str, other: str) -> bool:
+    """Whether `one` of two settings that exclude each other is to be used: flag over environment over preset.
+
+    Raises:
+        BadSetting: both were given in the same way.
+    """
+    if ctx.params[one] is None or ctx.params[other] is None:
+        return ctx.params[one] is not None
+    ranks = [ctx.get_parameter_source(name) or 0 for name in (one, other)]
+    if ranks[0] == ranks[1]:
+        raise BadSetting(f"both {one.upper()} and {other.upper()} are set; leave one out")
+    return ranks[0] < ranks[1]
 
 
 def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:

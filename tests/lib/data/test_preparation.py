@@ -116,3 +116,22 @@ def test_others_can_read_it(tokens: Tokens, rows: Path, tmp_path: Path) -> None:
     assert data.column_names == ["row", "input_ids", "trained"]
     part = prepared.Part(tmp_path / "out" / "train.arrow")
     assert np.array_equal(part[0][0], data[0]["input_ids"])
+
+
+def test_turns_that_nobody_answers_are_counted(tokens: Tokens, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    question = "### Human: and then, what comes after that?"
+    texts = ["### Human: a### Assistant: b" + question, "### Human: c### Assistant: d"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ledger = prepare(path, tokens, tmp_path / "out")
+    assert ledger.turns_dropped == 1
+    assert ledger.tokens_lost == len(tokens.encode_prompt(question))
+    assert prepare(path, tokens, tmp_path / "all", loss_on="all").tokens_lost == 0
+
+
+def test_a_question_may_hold_any_line_separator(tokens: Tokens, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = [f"### Human: {n} a\u2028b\x85c\u2029d### Assistant: e" for n in range(4)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(path, tokens, tmp_path / "out", validation_fraction=0.5)
+    assert prepared.prompts(tmp_path / "out")[0]["question"].endswith("a\u2028b\x85c\u2029d")

@@ -63,3 +63,20 @@ def test_the_identity_follows_the_contents(tmp_path: Path) -> None:
     assert again == first
     path.write_text(path.read_text().replace("more", "less"))
     assert sources.reference(str(path), first) != first
+
+
+def test_splits_in_folders_and_what_lies_beside_them(tmp_path: Path) -> None:
+    for name in ("train", "test", "validation"):
+        (tmp_path / "ds" / name).mkdir(parents=True)
+        (tmp_path / "ds" / name / "0000.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "ds" / "dataset_infos.json").write_text("{}")
+    source = sources.find(str(tmp_path / "ds"), None)
+    assert [path.parent.name for path in source.train] == ["train"]
+    assert [path.parent.name for path in source.held_out] == ["test", "validation"]
+
+
+def test_a_file_that_was_only_touched_is_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl")
+    first = sources.find(str(path), None).inputs()
+    path.touch()
+    assert sources.reference(str(path), first) == first

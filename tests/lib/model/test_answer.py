@@ -32,9 +32,11 @@ def ids_of(tokens: Tokens, text: str) -> list[int]:
     ],
 )
 def test_how_an_answer_ends(tokens: Tokens, said: str, ends: bool, text: str, finish: str) -> None:
-    ids = ids_of(tokens, said) + [tokens.eos, tokens.pad, tokens.pad] * ends
-    found = _answer(ids, tokens, [STOP])
+    spoken = ids_of(tokens, said) + [tokens.eos] * ends
+    padding = [tokens.pad] * 30 if finish == "stop" else []
+    found = _answer(spoken + padding, tokens, [STOP])
     assert (found.text, found.finish) == (text, finish)
+    assert found.tokens <= len(spoken)
 
 
 @pytest.mark.parametrize(

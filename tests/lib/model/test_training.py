@@ -164,3 +164,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
         run(tuned, some_rows(20), 20, 1, tmp_path)
     for name, tensor in weights(tuned).items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_step_has_a_learning_rate(schedule: str) -> None:
+    """Trainer's own schedules give the first step of a warm-up none."""
+    for steps in (1, 2, 10, 100):
+        rates = [training.learning_rate(schedule, 0.1, done, steps) for done in range(steps)]
+        assert all(0 < rate <= 1 for rate in rates)
+        assert max(rates) == 1
+        peak = rates.index(1)
+        assert rates[:peak] == sorted(rates[:peak])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True)

@@ -1,5 +1,6 @@
 """Whole or absent, with a manifest that tells."""
 
+import errno
 import json
 import os
 import stat
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.lib.run import artifact
-from stages.lib.run.exits import BadData
+from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 
 FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
 
@@ -79,3 +80,33 @@ def test_a_new_one_replaces_the_old_one_whole(made: artifact.Artifact, tmp_path:
     (source / "c.txt").write_text("c")
     artifact.publish(source, made.path, FACTS)
     assert sorted(path.name for path in made.path.iterdir()) == ["c.txt", "manifest.json"]
+
+
+def test_a_failed_flush_is_a_failed_publish(
+    made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports a lost write once, at fsync; a mount that knows no fsync says so otherwise."""
+
+    def fails(code: int) -> None:
+        def fsync(handle: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fails(errno.EINVAL)
+    artifact.publish(tmp_path / "source", tmp_path / "mount", FACTS)
+    for code, refusal in ((errno.EIO, TryAgain), (errno.ENOSPC, CannotWrite)):
+        fails(code)
+        with pytest.raises(refusal):
+            artifact.publish(tmp_path / "source", made.path, FACTS)
+        assert not made.path.exists()
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one(
+    made: artifact.Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        artifact.publish(
+            tmp_path / "source", made.path, FACTS | {"metrics": {"loss": float("nan")}}
+        )
+    assert artifact.load(made.path, deep=True) is not None

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.run import lease
-from stages.lib.run.exits import TryAgain
+from stages.lib.run import lease, preemption
+from stages.lib.run.exits import InUse, TryAgain
 
 HOLD = """
 import sys, time
@@ -76,3 +76,36 @@ def test_a_holder_elsewhere_is_watched(
     else:
         with lease.held(tmp_path):
             assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+def test_of_two_that_find_the_same_holder_dead_one_goes_on(tmp_path: Path) -> None:
+    dead = {"host": socket.gethostname(), "boot": "another", "pid": 1, "started": "then", "beat": 0}
+    (tmp_path / lease.HOLDER).write_text(json.dumps(dead))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD.replace("sleep(60)", "sleep(2)"), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    said = [process.communicate()[0] for process in processes]
+    assert said.count("held\n") == 1
+    assert not (tmp_path / lease.HOLDER).exists()
+
+
+def test_who_was_taken_for_dead_publishes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    preemption.listen()
+    with lease.held(tmp_path) as check:
+        check()
+        other = json.loads((tmp_path / lease.HOLDER).read_text()) | {"host": "elsewhere"}
+        (tmp_path / lease.HOLDER).write_text(json.dumps(other))
+        with pytest.raises(InUse, match="elsewhere"):
+            check()
+        time.sleep(0.5)
+        with pytest.raises(TryAgain, match="elsewhere"):
+            preemption.check()
+    preemption.listen()
+    assert json.loads((tmp_path / lease.HOLDER).read_text())["host"] == "elsewhere"

@@ -1,11 +1,13 @@
 """Flag over environment over preset over default, and nothing that nobody declared."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Stages
+from tests.conftest import ROOT, Stages, clean_environment
 
 BASE = ["--base-model", "sample", "--dataset", "sample"]
 
@@ -43,27 +45,61 @@ def test_a_stray_variable_is_seen(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "refused"),
+    ("given", "refused"),
     [
-        ("--jobs=2 -- LEARNIN_RATE=1 PRESET=x", "LEARNIN_RATE"),
-        ("k -- MAX_ROWS=3 PROMPT=What\\ is\\ X=1\\ and\\ Y=2?", None),
-        ("w", None),
+        (["LEARNIN_RATE=1"], "LEARNIN_RATE"),
+        (["MAX_ROWS=3", "PROMPT=X=1 and\nY=2", "SCRATCH_DIR=/tmp", "HF_HUB_OFFLINE=1"], None),
+        ([], None),
     ],
 )
 def test_make_does_not_swallow_a_misspelt_name(
-    stages: Stages, flags: str, refused: str | None
+    tmp_path: Path, given: list[str], refused: str | None
 ) -> None:
-    done = stages("report", "--run-dir", "none", env={"MAKEFLAGS": flags})
+    """Through make itself, in a folder whose `.venv` runs the interpreter of the tests."""
+    for name in ("env", "stages"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "ready").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    command = [
+        "make",
+        "-f",
+        str(ROOT / "Makefile"),
+        "report",
+        "RUNNER=local",
+        "PRESET=smoke",
+        *given,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2  # make's own code, whatever the stage's
     if refused:
-        assert done.returncode == 2
-        assert f"make was given {refused}" in done.stderr
-        assert "LEARNING_RATE" in done.stderr
+        assert (
+            f"make was given {refused}, which is no setting. Did you mean LEARNING_RATE?"
+            in done.stderr
+        )
     else:
-        assert done.returncode == 66, done.stderr
+        assert "there is no finished artifact in runs/smoke" in done.stderr
+
+
+def test_make_refuses_another_runner() -> None:
+    command = ["make", "-n", "train", "RUNNER=Docker"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert "RUNNER=Docker is neither docker nor local" in done.stderr
 
 
 def test_every_preset_parses(stages: Stages) -> None:
-    presets = sorted((Path(__file__).parents[3] / "env").glob("*.env"))
+    presets = sorted((ROOT / "env").glob("*.env"))
     assert len(presets) >= 3
     for preset in presets:
         done = stages("--env-file", str(preset), "train", "--run-dir", "none")
