@@ -315,6 +315,48 @@ def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: 
     assert "LEARNING_RATE was 0.0002, is now 0.001" in other.stderr
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
+    tiny: Path, rows: Path, tmp_path: Path, damage: str
+) -> None:
+    env = {
+        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
+        "BATCH_TOKENS": "256", "MAX_STEPS": "4", "RUN_DIR": "run",
+    }  # fmt: skip
+    for stage in ("prepare-data", "train"):
+        assert run_stages(tmp_path, stage, env=env).returncode == 0
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:-1])
+    done = run_stages(tmp_path, "train", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "passing over a corrupt checkpoint" in done.stderr
+    assert "going on from step 3" in done.stderr
+    assert weights.read_bytes() == before
+
+
+def test_a_corrupt_adapter_is_mended_as_its_error_says(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    env = {
+        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
+        "BATCH_TOKENS": "256", "MAX_STEPS": "2", "RUN_DIR": "run",
+    }  # fmt: skip
+    for stage in ("prepare-data", "train"):
+        assert run_stages(tmp_path, stage, env=env).returncode == 0
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run_stages(tmp_path, "train", env=env)
+    assert done.returncode == 65
+    assert "--force" in done.stderr
+    assert run_stages(tmp_path, "train", "--force", env=env).returncode == 0
+    assert "nothing changed" in run_stages(tmp_path, "train", env=env).stderr
+
+
 def test_data_that_was_edited_since_is_not_trained_on(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:

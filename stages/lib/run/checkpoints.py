@@ -67,13 +67,15 @@ def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
     """
     whole = verified(run.folder)
     changed = run.differences(whole[-1], inputs) if whole else []
-    if run.force and (changed or artifact.load(run.folder / "adapter")):
+    if run.force and (changed or (run.folder / "adapter").exists()):
         artifact.retire(run.folder / "adapter")
-        for _, path in _steps(run.folder / "checkpoints"):
-            artifact.retire(path)
-        return None
-    if changed:
+        whole = []
+    elif changed:
         raise run.belongs_to_others(whole[-1].path, changed)
+    kept = {checkpoint.path for checkpoint in whole}
+    for _, path in _steps(run.folder / "checkpoints"):
+        if path not in kept:  # of the run that is replaced, or not whole: its name is needed again
+            artifact.retire(path)
     if not whole:
         return None
     say(f"going on from step {step(whole[-1])}")
