@@ -9,6 +9,13 @@ import time
 from typing import Any
 
 EVERY_SECONDS = 5.0
+# What a line of 80 columns has room for.
+SHOWN = {
+    "loss": "loss",
+    "held_out_loss": "held-out",
+    "tokens_per_second": "tok/s",
+    "tokens": "tokens",
+}
 _stage = "stages"
 
 
@@ -56,8 +63,9 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn(f"{_stage}:"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True),
+                TextColumn(f"{_stage}:"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn(self.unit),
+                TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
             )  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task("", total=self.total, completed=self.done, note="")
@@ -79,7 +87,8 @@ class Progress:
         self.fields.update(fields)
         now = time.monotonic()
         if self.bar:
-            note = "  ".join(f"{name} {_short(value)}" for name, value in self.fields.items())
+            shown = {SHOWN[name]: value for name, value in self.fields.items() if name in SHOWN}
+            note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.bar.update(self.task, completed=done, note=note)
         elif now - self.spoke >= EVERY_SECONDS:
             self._line()
@@ -94,7 +103,3 @@ class Progress:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
