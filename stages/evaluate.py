@@ -33,10 +33,15 @@ def evaluate(
     from stages.lib.data import conversation, prepared
     from stages.lib.model.base import Base
     from stages.lib.report import comparison
+    from stages.lib.run.exits import Missing
 
     run = Run(ctx)
     made, data = run.read("adapter", deep=True), run.read("data")
     run.check_made_from(made, "data", data.digest)
+    if not (data.metrics["rows_held_out"] or prompt):
+        raise Missing(
+            f"{data.path} holds nothing out: set VALIDATION_FRACTION, run `prepare-data` and `train`"
+        )
     base = Base.recorded(made.manifest["inputs"]["base"])
     inputs = {"adapter": made.digest, "data": data.digest, "base": base.reference()}
     if run.finished("evaluation", inputs):

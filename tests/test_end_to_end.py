@@ -357,6 +357,22 @@ def test_a_corrupt_adapter_is_mended_as_its_error_says(
     assert "nothing changed" in run_stages(tmp_path, "train", env=env).stderr
 
 
+def test_without_held_out_rows_it_trains_and_evaluate_says_so(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    env = {
+        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
+        "BATCH_TOKENS": "256", "MAX_STEPS": "2", "RUN_DIR": "run", "VALIDATION_FRACTION": "0",
+    }  # fmt: skip
+    for stage in ("prepare-data", "train"):
+        done = run_stages(tmp_path, stage, env=env)
+        assert done.returncode == 0, done.stderr
+    assert manifest(tmp_path / "run" / "adapter")["metrics"]["held_out_loss"] is None
+    done = run_stages(tmp_path, "evaluate", env=env)
+    assert done.returncode == 66
+    assert "VALIDATION_FRACTION" in done.stderr
+
+
 def test_data_that_was_edited_since_is_not_trained_on(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     found = []
     for name, words in MEASURES.items():
         values = [result[side][name] for side in ("base", "tuned")]
-        found.append((words, *("-" if value is None else float(value) for value in values)))
+        found.append((words, *(None if value is None else float(value) for value in values)))
     return found
 
 
@@ -37,9 +37,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def _markdown(result: dict[str, Any]) -> str:
     lines = ["# Base against tuned", "", "| | base | tuned |", "| --- | --- | --- |"]
     for words, *values in _rows(result):
-        cells = " | ".join(
-            f"{value:.4g}" if isinstance(value, float) else value for value in values
-        )
+        cells = " | ".join("-" if value is None else f"{value:.4g}" for value in values)
         lines.append(f"| {words} | {cells} |")
     lines += [
         "",
