@@ -294,13 +294,20 @@ def test_stopped_and_started_again_it_is_the_same_adapter(
     assert len(kept) <= 3
 
 
-def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: Path) -> None:
+def trained(folder: Path, tiny: Path, rows: Path, **changed: str) -> dict[str, str]:
+    """A finished run on the tiny model in `folder`; the environment that made it."""
     env = {
         "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
-        "BATCH_TOKENS": "256", "MAX_STEPS": "4", "RUN_DIR": "run",
-    }  # fmt: skip
+        "BATCH_TOKENS": "256", "RUN_DIR": "run",
+    } | changed  # fmt: skip
     for stage in ("prepare-data", "train"):
-        assert run_stages(tmp_path, stage, env=env).returncode == 0
+        done = run_stages(folder, stage, env=env)
+        assert done.returncode == 0, done.stderr
+    return env
+
+
+def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    env = trained(tmp_path, tiny, rows, MAX_STEPS="4")
     # As a forced run leaves it when it is stopped behind its third step.
     for name in ("adapter", "checkpoints/step-00000004"):
         shutil.rmtree(tmp_path / "run" / name)
@@ -319,12 +326,7 @@ def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: 
 def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
     tiny: Path, rows: Path, tmp_path: Path, damage: str
 ) -> None:
-    env = {
-        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
-        "BATCH_TOKENS": "256", "MAX_STEPS": "4", "RUN_DIR": "run",
-    }  # fmt: skip
-    for stage in ("prepare-data", "train"):
-        assert run_stages(tmp_path, stage, env=env).returncode == 0
+    env = trained(tmp_path, tiny, rows, MAX_STEPS="4")
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()
     shutil.rmtree(weights.parent)
@@ -339,15 +341,10 @@ def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
     assert weights.read_bytes() == before
 
 
-def test_a_corrupt_adapter_is_mended_as_its_error_says(
+def test_corrupt_artifacts_are_mended_as_their_error_says(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:
-    env = {
-        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
-        "BATCH_TOKENS": "256", "MAX_STEPS": "2", "RUN_DIR": "run",
-    }  # fmt: skip
-    for stage in ("prepare-data", "train"):
-        assert run_stages(tmp_path, stage, env=env).returncode == 0
+    env = trained(tmp_path, tiny, rows, MAX_STEPS="2")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     done = run_stages(tmp_path, "train", env=env)
@@ -356,17 +353,18 @@ def test_a_corrupt_adapter_is_mended_as_its_error_says(
     assert run_stages(tmp_path, "train", "--force", env=env).returncode == 0
     assert "nothing changed" in run_stages(tmp_path, "train", env=env).stderr
 
+    path = tmp_path / "run" / "data" / "train.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run_stages(tmp_path, "prepare-data", env=env)
+    assert done.returncode == 65
+    assert "--force" in done.stderr
+    assert run_stages(tmp_path, "prepare-data", "--force", env=env).returncode == 0
+
 
 def test_without_held_out_rows_it_trains_and_evaluate_says_so(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:
-    env = {
-        "BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "128", "BASE_PRECISION": "fp32",
-        "BATCH_TOKENS": "256", "MAX_STEPS": "2", "RUN_DIR": "run", "VALIDATION_FRACTION": "0",
-    }  # fmt: skip
-    for stage in ("prepare-data", "train"):
-        done = run_stages(tmp_path, stage, env=env)
-        assert done.returncode == 0, done.stderr
+    env = trained(tmp_path, tiny, rows, MAX_STEPS="2", VALIDATION_FRACTION="0")
     assert manifest(tmp_path / "run" / "adapter")["metrics"]["held_out_loss"] is None
     done = run_stages(tmp_path, "evaluate", env=env)
     assert done.returncode == 66

@@ -237,9 +237,8 @@ def _fit(example: Example, max_length: int, on_long: str, eos: int, ledger: Ledg
             ledger.tokens_lost += before
             return False
         cut = max_length - 1
-        while (
-            cut and not example.trained[cut - 1]
-        ):  # end with something learned, so that EOS is learned too
+        # End with something learned, so that EOS is learned too.
+        while cut and not example.trained[cut - 1]:
             cut -= 1
         example.ids = [*example.ids[:cut], eos]
         example.trained = [*example.trained[:cut], True]

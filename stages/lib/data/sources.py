@@ -16,8 +16,8 @@ from stages.lib.run.rundir import Run
 SAMPLE = "sample"
 LINES = {".jsonl", ".ndjson"}
 SUFFIXES = LINES | {".json", ".csv", ".parquet"}
-# The words by which Hugging Face data sets name the part that is not for training.
 NO_DATA = {"dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside
+# The words by which Hugging Face data sets name the part that is not for training.
 HELD_OUT = re.compile(
     r"(?:^|[^a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?:[^a-z]|$)", re.I
 )

@@ -202,7 +202,7 @@ class Conduct(TrainerCallback):
         if step in self.evaluate_at:
             control.should_evaluate = self.evaluates
             control.should_save = True
-        elif time.monotonic() >= self.next_save:
+        elif now >= self.next_save:
             control.should_save = True
 
     def on_log(

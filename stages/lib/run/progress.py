@@ -30,12 +30,12 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def say(message: str, **fields: Any) -> None:
+def say(message: str) -> None:
     """One message: a line for a person, a JSON line for a program."""
     if on_terminal():
         print(f"{_stage}: {message}", file=sys.stderr, flush=True)
     else:
-        _write({"event": "message", "message": message, **fields})
+        _write({"event": "message", "message": message})
 
 
 def _write(fields: dict[str, Any]) -> None:

@@ -146,10 +146,7 @@ class Run:
 
     def previous_inputs(self, name: str) -> dict[str, Any]:
         """The inputs of an artifact that is there already, so that a hash need not be taken twice."""
-        path = self.folder / name / artifact.MANIFEST
-        if not path.is_file():
-            return {}
-        found = artifact.load(self.folder / name)
+        found = None if self.force else artifact.load(self.folder / name)
         return dict(found.manifest["inputs"]) if found else {}
 
     def differences(self, made: Artifact, inputs: dict[str, Any]) -> list[str]:
