@@ -103,7 +103,8 @@ def test_base_and_data_from_the_hub(
     made = manifest(run / "data")
     assert made["inputs"]["base"] == {"name": "owner/tiny", "revision": first}
     assert made["inputs"]["dataset"]["name"] == "owner/data"
-    assert made["inputs"]["dataset"]["revision"] == data.main
+    (source,) = made["inputs"]["dataset"]["sources"]
+    assert source["revision"] == data.main
     assert COMMIT.fullmatch(first)
     assert COMMIT.fullmatch(data.main)
     assert made["metrics"]["rows_held_out"] == 10

@@ -1,22 +1,31 @@
-"""Where rows come from: a hub id, a local file, a folder, a glob, or the embedded sample."""
+"""Where rows come from: hub ids, local files, folders, globs, URLs, or the embedded sample; one or several."""
 
 import glob
-import json
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from stages.lib.data import reading, remote
+from stages.lib.data.reading import Chunk, Row, Rows
+from stages.lib.data.wanted import Wanted, parse, plain
 from stages.lib.run import hub
 from stages.lib.run.artifact import Artifact, sha256
 from stages.lib.run.exits import BadData, Missing
 from stages.lib.run.rundir import Run
 
+__all__ = [
+    "SAMPLE", "Source", "Wanted", "check_unchanged", "chunks", "find", "identity", "oddities", "parse", "plain",
+    "reference",
+]  # fmt: skip
 SAMPLE = "sample"
-LINES = {".jsonl", ".ndjson"}
-SUFFIXES = LINES | {".json", ".csv", ".parquet"}
-NO_DATA = {"dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside
+KINDS = ", ".join(sorted(reading.KINDS)) + ", and with .gz or .zst"
+# What `datasets` puts beside its files, and into them when it has computed something.
+NO_DATA = re.compile(
+    r"(dataset_infos|dataset_info|dataset_dict|state)\.json|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
+)
 # The words by which Hugging Face data sets name the part that is not for training.
 HELD_OUT = re.compile(
     r"(?:^|[^a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?:[^a-z]|$)", re.I
@@ -24,35 +33,37 @@ HELD_OUT = re.compile(
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row as it was read. `where` names it to a person: file and line, or file and row."""
-
-    where: str
-    data: Any
-
-
-@dataclass(frozen=True)
 class Source:
-    """A data set that was found. `held_out` is its own test split, where it has one."""
+    """A data set that was found.
+
+    Attributes:
+        name: as it may be shown and recorded.
+        held_out: its own test split, where it has one.
+        root: of a hub data set in the cache; its files are named from there.
+        urls: of files that were copied from a store.
+    """
 
     name: str
+    weight: float = 1.0
     revision: str | None = None
     train: list[Path] = field(default_factory=list)
     held_out: list[Path] = field(default_factory=list)
-    root: Path | None = None  # of a hub data set in the cache; its files are named from there
+    root: Path | None = None
+    urls: dict[Path, str] = field(default_factory=dict)
 
     def inputs(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """What identifies the contents; hashes in `known` are kept where size and time did not change."""
+        about = {"name": self.name, "weight": self.weight}
         if self.name == SAMPLE:
-            return {"name": SAMPLE, "python": _python()}
-        old = {entry["path"]: entry for entry in (known or {}).get("files", [])}
+            return about | {"python": _python()}
+        old = _files(known or {})
         files = [self._identify(path, old) for path in [*self.train, *self.held_out]]
-        return {"name": self.name, "revision": self.revision, "files": files}
+        return about | {"revision": self.revision, "files": files}
 
     def _identify(self, path: Path, known: dict[str, Any]) -> dict[str, Any]:
         stat = path.stat()
-        if self.root:
-            name = str(path.relative_to(self.root))
+        if self.root or self.urls:
+            name = self.urls[path] if self.urls else str(path.relative_to(self.root or path))
             return {"path": name, "bytes": stat.st_size, "sha256": sha256(path)}
         entry = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         old = known.get(str(path), {})
@@ -61,6 +72,12 @@ class Source:
         found = entry | {"sha256": sha256(path)}
         return old if old.get("sha256") == found["sha256"] else found  # only touched
 
+    def shown(self, path: Path) -> str:
+        """What a person calls one of the files."""
+        if self.root:
+            return f"{self.name}/{path.relative_to(self.root)}"
+        return self.urls.get(path, str(path))
+
 
 def _python() -> str:
     import platform
@@ -68,10 +85,125 @@ def _python() -> str:
     return platform.python_version()
 
 
+def find(dataset: str, revision: str | None, scratch: Path) -> list[Source]:
+    """Resolve DATASET to files.
+
+    Args:
+        revision: branch, tag or commit of a hub id.
+        scratch: where files behind URLs are copied to, in `sources/`.
+
+    Raises:
+        Missing: there is no such file, folder, repository or address.
+    """
+    wanted = parse(dataset, revision)
+    return [_find(item, scratch / "sources" / str(n)) for n, item in enumerate(wanted)]
+
+
+def _find(wanted: Wanted, folder: Path) -> Source:
+    if wanted.is_url:
+        found = _behind_url(wanted.name, folder)
+    else:
+        found = _local(wanted.name) or _on_hub(wanted.name, wanted.revision)
+    return replace(found, weight=wanted.weight)
+
+
+def _local(name: str) -> Source | None:
+    """A source that is on this machine, or None."""
+    if name == SAMPLE:
+        return Source(SAMPLE)
+    path = Path(name)
+    if path.is_file():
+        _check_kind(name)
+        return Source(name, train=[path])
+    if path.is_dir():
+        return _split(name, _below(path))
+    if glob.has_magic(name):
+        found = map(Path, glob.glob(name, recursive=True))
+        return _split(name, {path: path.stem for path in found})
+    return None
+
+
+def _below(folder: Path) -> dict[Path, str]:
+    """All files of a folder, each with the part of its path that tells its split."""
+    return {
+        path: str(path.relative_to(folder).with_suffix(""))
+        for path in folder.rglob("*")
+        if path != folder
+    }
+
+
+def _behind_url(url: str, folder: Path) -> Source:
+    base = remote.plain(url)
+    if remote.scheme(url) in remote.WEB:
+        _check_kind(base)
+    urls = {copy: shown for shown, copy in remote.fetch(url, folder, _is_data)}
+    is_glob = glob.has_magic(base) and base not in urls.values()
+    places = {
+        copy: PurePath(shown).stem if is_glob else shown.removeprefix(base)
+        for copy, shown in urls.items()
+    }
+    return replace(_split(base, places), urls=urls)
+
+
+def _on_hub(name: str, revision: str | None) -> Source:
+    path = Path(name)
+    looks_local = reading.kind_of(path) or path.is_absolute() or name.startswith(".")
+    if looks_local or len(path.parts) != 2:
+        raise Missing(
+            f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
+        )
+    folder, commit = hub.snapshot(name, revision, "dataset")
+    return replace(_split(name, _below(folder)), revision=commit, root=folder)
+
+
+def _check_kind(name: str) -> None:
+    if not reading.kind_of(name):
+        raise BadData(f"{name} is none of {KINDS}; convert it first")
+
+
+def _is_data(name: str) -> bool:
+    path = PurePath(name)
+    return bool(reading.kind_of(path)) and not NO_DATA.fullmatch(path.name)
+
+
+def _split(name: str, places: dict[Path, str]) -> Source:
+    """The data files among some, parted by the words in their `places`."""
+    files = sorted(path for path in places if _is_data(str(path)) and not path.is_dir())
+    lost = [path for path in files if not path.exists()]
+    if lost:
+        raise Missing(f"{lost[0]} is a link to nothing; mend it, or remove it")
+    held_out = [path for path in files if HELD_OUT.search(places[path])]
+    train = sorted(set(files) - set(held_out))
+    if not train:
+        raise Missing(f"{name} holds no training file ({KINDS}); name the files with a glob")
+    return Source(name, train=train, held_out=held_out)
+
+
+def identity(
+    dataset: str, found: list[Source], known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a manifest says of DATASET and its contents; see `Source.inputs` for `known`."""
+    old = itertools.chain((known or {}).get("sources", []), itertools.repeat(None))
+    return {
+        "name": plain(dataset),
+        "sources": [one.inputs(was) for one, was in zip(found, old, strict=False)],
+    }
+
+
 def reference(dataset: str, known: dict[str, Any] | None) -> dict[str, Any]:
-    """What identifies a data set without asking the hub; see `Source.inputs` for `known`."""
-    local = Path(dataset).exists() or glob.has_magic(dataset) or dataset == SAMPLE
-    return find(dataset, None).inputs(known) if local else {"name": dataset}
+    """What identifies DATASET now, without asking the hub or a store: of those it repeats what is `known`."""
+    before = itertools.chain((known or {}).get("sources", []), itertools.repeat({}))
+    now = [_now(item, was) for item, was in zip(parse(dataset), before, strict=False)]
+    return {"name": plain(dataset), "sources": now}
+
+
+def _now(wanted: Wanted, known: dict[str, Any]) -> dict[str, Any]:
+    local = None if wanted.is_url else _local(wanted.name)
+    if local:
+        return replace(local, weight=wanted.weight).inputs(known)
+    asked = {"name": remote.plain(wanted.name), "weight": wanted.weight}
+    is_same = all(known.get(key) == value for key, value in asked.items())
+    return known if is_same else asked
 
 
 def check_unchanged(run: Run, data: Artifact) -> None:
@@ -80,135 +212,54 @@ def check_unchanged(run: Run, data: Artifact) -> None:
     Raises:
         CannotRun: the data is stale.
     """
-    known = data.manifest["inputs"]["dataset"]
-    files = [] if known.get("revision") else known.get("files", [])  # a commit does not change
-    if files and all(Path(entry["path"]).is_file() for entry in files):
-        run.check_made_from(data, "dataset", reference(known["name"], known))
+    for known in data.manifest["inputs"]["dataset"].get("sources", []):
+        was, now = _files(known), _files(_again(known))
+        for path in sorted(was.keys() | now.keys()):
+            # One file at a time, so that the refusal names it.
+            one = replace(data, manifest={"inputs": {"dataset": was.get(path)}})
+            run.check_made_from(one, "dataset", now.get(path))
 
 
-def find(dataset: str, revision: str | None) -> Source:
-    """Resolve a data set's name to files.
-
-    Args:
-        dataset: `sample`, a path to a file or folder, a glob, or a hub id.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        Missing: there is no such file, folder or repository.
-    """
-    if dataset == SAMPLE:
-        return Source(SAMPLE)
-    path = Path(dataset)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise BadData(f"{path} is none of {', '.join(sorted(SUFFIXES))}; convert it first")
-        return Source(dataset, train=[path])
-    if path.is_dir():
-        return _split(dataset, path.rglob("*"), path)
-    if glob.has_magic(dataset):
-        return _split(dataset, map(Path, glob.glob(dataset, recursive=True)))
-    looks_local = path.suffix in SUFFIXES or path.is_absolute() or dataset.startswith(".")
-    if looks_local or len(path.parts) != 2:
-        raise Missing(
-            f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
-        )
-    folder, commit = hub.snapshot(dataset, revision, "dataset")
-    return replace(_split(dataset, folder.rglob("*"), folder), revision=commit, root=folder)
+def _files(source: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["path"]: entry for entry in source.get("files", [])}
 
 
-def _split(name: str, paths: Iterable[Path], root: Path | None = None) -> Source:
-    files = sorted(
-        path
-        for path in paths
-        if path.suffix in SUFFIXES and path.name not in NO_DATA and not path.is_dir()
-    )
-    lost = [path for path in files if not path.exists()]
-    if lost:
-        raise Missing(f"{lost[0]} is a link to nothing; mend it, or remove it")
-    held_out = [path for path in files if HELD_OUT.search(_below(path, root))]
-    train = [path for path in files if path not in held_out]
-    if not train:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise Missing(f"{name} holds no training file ({kinds}); name the files with a glob")
-    return Source(name, None, train, held_out)
+def _again(known: dict[str, Any]) -> dict[str, Any]:
+    """A source as it is now, if its files are on this machine: what comes from elsewhere does not change."""
+    files = known.get("files", [])
+    there = all("mtime_ns" in entry and Path(entry["path"]).is_file() for entry in files)
+    local = _local(known["name"]) if files and there else None
+    return replace(local, weight=known["weight"]).inputs(known) if local else known
 
 
-def _below(path: Path, root: Path | None) -> str:
-    """The part of a path that tells its split: all below the data set's own folder."""
-    return str(path.with_suffix("").relative_to(root)) if root else path.stem
+def oddities(source: Source) -> str:
+    """What is accepted at the beginning of a source's files, in words; empty where there is nothing."""
+    files = [*source.train, *source.held_out]
+    lists = [reading.oddities(p, str(reading.kind_of(p)), source.shown(p)) for p in files]
+    found = dict.fromkeys(what for one in lists for what in one)
+    return f"accepted: {', '.join(found)}" if found else ""
 
 
-def rows(source: Source, files: list[Path]) -> Iterator[Row]:
-    """The rows of some of a source's files, in order, none of them held in memory.
+def chunks(source: Source, files: list[Path]) -> Iterator[tuple[str, Chunk]]:
+    """The rows of some of a source's files, in order: what people call the file, and a chunk of it.
 
     Raises:
-        BadData: a file is not what its name says; the sentence names file and line.
+        BadData: a file is not what its name says. Missing: it is gone.
     """
     if source.name == SAMPLE and not files:
-        from stages.lib.data import sample
-
-        for number, data in enumerate(sample.rows(), 1):
-            yield Row(f"sample row {number}", data)
+        yield from ((SAMPLE, chunk) for chunk in _sample())
     for path in files:
-        if path.suffix in LINES:
-            yield from _json_lines(path)
-        elif path.suffix == ".json":
-            yield from _json(path)
-        else:
-            yield from _table(path)
+        name = source.shown(path)
+        try:
+            for chunk in reading.chunks(path, str(reading.kind_of(path)), name):
+                yield name, chunk
+        except FileNotFoundError as error:
+            raise Missing(f"{name} is gone; bring it back, then run the same command") from error
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield Row(f"{path}:{number}", json.loads(line))
-            except UnicodeDecodeError as error:
-                raise BadData(
-                    f"{path}:{number} is not UTF-8 at byte {error.start}; convert the file"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise BadData(
-                    f"{path}:{number} is not valid JSON: {error.msg} at character {error.colno}; mend the line"
-                ) from error
+def _sample() -> Iterator[Chunk]:
+    from stages.lib.data import sample
 
-
-def _json(path: Path) -> Iterator[Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadData(f"{path} is not UTF-8 at byte {error.start}; convert the file") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line under the other name
-            yield from _json_lines(path)
-            return
-        place = f"{path}:{error.lineno}"
-        raise BadData(
-            f"{place} is not valid JSON: {error.msg} at character {error.colno}; mend the file"
-        ) from error
-    if not isinstance(content, list):
-        content = [content]
-    for number, data in enumerate(content, 1):
-        yield Row(f"{path} row {number}", data)
-
-
-def _table(path: Path) -> Iterator[Row]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
-    kind = path.suffix.removeprefix(".")
-    if path.stat().st_size == 0:
-        return
-    try:
-        stream = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        for number, data in enumerate(stream, 1):
-            yield Row(f"{path} row {number}", dict(data))
-    except UnicodeDecodeError as error:
-        raise BadData(f"{path} is not UTF-8 at byte {error.start}; convert the file") from error
-    except (ArrowInvalid, DatasetGenerationError, ValueError) as error:
-        raise BadData(f"{path} is not a valid {kind} file: {str(error).splitlines()[0]}") from error
+    found = enumerate(sample.rows(), 1)
+    while rows := [Row(number, None, data) for number, data in itertools.islice(found, 512)]:
+        yield Rows(rows, rows[0].line, 0, "row")

@@ -25,7 +25,14 @@ FILES = {
         "vocab.json",
         "merges.txt",
     ],
-    "dataset": ["*.jsonl", "*.ndjson", "*.json", "*.csv", "*.parquet"],
+    "dataset": [
+        *("*.jsonl", "*.ndjson", "*.json", "*.csv", "*.parquet", "*.arrow", "*.feather"),
+        *(
+            f"*.{kind}.{packing}"
+            for kind in ("jsonl", "ndjson", "json", "csv")
+            for packing in ("gz", "zst")
+        ),
+    ],
 }
 
 
