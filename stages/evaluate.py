@@ -50,18 +50,21 @@ def evaluate(
         base.fetch()
         inputs["base"] = base.identity()
 
+        from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, load, measure
 
         adapter.check_base(made, base)
         tokens = Tokens(base.folder)
-        stops = prepared.check_format(made.path, tokens)["stops"]
+        chat_format = Format.load(made.path, tokens)
         questions = prepared.prompts(data.path)[:evaluation_prompts]
         if prompt:
-            own = conversation.render_prompt(conversation.ask(prompt))
-            questions = [{"question": prompt, "prompt": own, "reference": None}, *questions]
+            asked = conversation.ask(prompt)
+            own = {"question": prompt, "prompt": chat_format.prompt_text(asked), "reference": None}
+            questions = [own | asked.dumps(), *questions]
         for question in questions:
-            base.check_room(len(tokens.encode_prompt(question["prompt"])), max_new_tokens)
+            question["ids"] = chat_format.prompt(conversation.loads(question))
+            base.check_room(len(question["ids"]), max_new_tokens)
         precision = made.setting("BASE_PRECISION")
         tuned = adapter.load(load.load(base, precision), made.path, base)
         held_out = prepared.Part(data.path / "held_out.arrow")
@@ -72,7 +75,7 @@ def evaluate(
             held_out,
             made.metrics["bin_tokens"],
             questions,
-            stops,
+            chat_format.stops,
             max_new_tokens,
         )
         comparison.write(result, scratch)

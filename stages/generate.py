@@ -39,7 +39,7 @@ def generate(
     batch_prompts: int, max_new_tokens: int, **run_settings: object,
 ) -> None:  # fmt: skip
     """Answer prompts with the tuned model."""
-    from stages.lib.data import conversation, prepared, prompts
+    from stages.lib.data import conversation, prompts
     from stages.lib.model.base import Base
 
     if more_explicit(ctx, "prompts_file", "prompt"):
@@ -55,25 +55,27 @@ def generate(
         return
     base.fetch()
 
+    from stages.lib.data.formats import Format
     from stages.lib.data.tokens import Tokens
     from stages.lib.model import adapter, answer, load
 
     adapter.check_base(made, base)
     tokens = Tokens(base.folder)
-    stops = prepared.check_format(made.path, tokens)["stops"]
-    rendered = [conversation.render_prompt(conversation.ask(text, system or "")) for text in asked]
-    ids = [tokens.encode_prompt(text) for text in rendered]
+    chat_format = Format.load(made.path, tokens)
+    ids = [chat_format.prompt(conversation.ask(text, system or "")) for text in asked]
     base.check_room(max(map(len, ids)), max_new_tokens)
     precision = made.setting("BASE_PRECISION")
     tuned = adapter.load(load.load(base, precision), made.path, base)
     if not prompts_file:
         write = (lambda text: click.echo(text, nl=False)) if sys.stdout.isatty() else None
-        found = answer.answer(tuned, tokens, precision, ids, stops, max_new_tokens, write)
+        found = answer.answer(
+            tuned, tokens, precision, ids, chat_format.stops, max_new_tokens, write
+        )
         click.echo("" if write else found[0].text)
         return
     with run.work() as scratch:
         answers = answer.in_batches(
-            tuned, tokens, precision, ids, stops, max_new_tokens, batch_prompts
+            tuned, tokens, precision, ids, chat_format.stops, max_new_tokens, batch_prompts
         )
         metrics = prompts.write(scratch, asked, answers)
         run.publish("generations", scratch, inputs, metrics, device=load.describe_device())

@@ -28,14 +28,15 @@ def merge(ctx: click.Context, /, **run_settings: object) -> None:
         base.fetch()
         inputs["base"] = base.identity()
 
-        from stages.lib.data import prepared
+        from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, merging
 
         adapter.check_base(made, base)
         tokens = Tokens(base.folder)
-        golden = prepared.check_format(made.path, tokens)["golden"]["ids"]
+        chat_format = Format.load(made.path, tokens)
+        golden = chat_format.recorded()["golden"]["ids"]
         metrics = merging.merge(base, made.path, golden, scratch)
-        tokens.save(scratch)
+        tokens.save(scratch, chat_format.source)
         run.publish("merged", scratch, inputs, metrics)
     click.echo(table(("merge", "value"), list(metrics.items())))

@@ -5,7 +5,6 @@ Writes `checkpoints/step-*/` on the way, and `adapter/`: the adapter with the le
 reads it, its tokenizer and prompt format, and the last adapter in `last/`; losses are in the manifest.
 """
 
-import shutil
 from pathlib import Path
 
 import click
@@ -138,11 +137,12 @@ def train(
         longest = int(rows.lengths.max())
         bins.check_sizes(batch_tokens, micro_batch_tokens, longest)
 
+        from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, history, load, memory, training
 
         tokens = Tokens(base.folder)
-        prepared.check_format(data.path, tokens)
+        chat_format = Format.load(data.path, tokens)
         choices = memory.candidates(batch_tokens, longest, micro_batch_tokens, recompute)
         if resumed:
             choices = [(resumed.metrics["bin_tokens"], resumed.metrics["recompute"])]
@@ -162,8 +162,8 @@ def train(
         best, last = checkpoints.finished(run.folder, plan.steps)
         out = scratch / "adapter"
         adapter.assemble(best.path, last.path, out)
-        shutil.copy(data.path / prepared.FORMAT, out)
-        tokens.save(out)
+        chat_format.save(out)
+        tokens.save(out, chat_format.source)
         metrics = history.summary(plan, rows, last.path) | facts | speed | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],

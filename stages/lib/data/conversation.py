@@ -1,85 +1,126 @@
-"""What a conversation is, and how it becomes text: the one rendering that all stages share."""
+"""What a conversation is: the one form that every shape of row becomes, and every chat format renders."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from typing import Any, NamedTuple
 
-GUANACO = "guanaco"
-MARKS = {"user": "### Human:", "assistant": "### Assistant:"}
-ROLES = {mark: role for role, mark in MARKS.items()}
-MARK = re.compile("(" + "|".join(map(re.escape, ROLES)) + ")")
+ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What one side said. `text` is kept to the letter, with the space behind the mark.
+class Turn(NamedTuple):
+    """What one side said.
 
-    `role` is `system`, `user` or `assistant`.
+    Attributes:
+        role: `system`, `user`, `assistant` or `tool`; `text` for plain text that is no conversation.
+        text: what was said, without marks and without the blank that a format puts behind its mark.
+        context: what a question is about, where a row holds it apart (Alpaca's `input`).
+        calls: an assistant's tool calls, as chat templates read them. name: of the tool that answers.
+        learned: False for an answer that is not to be learned (OpenAI's `weight` 0).
     """
 
     role: str
     text: str
+    context: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
+    name: str = ""
+    learned: bool = True
+
+    def message(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        found: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.context:
+            found["context"] = self.context
+        if self.calls:
+            found["tool_calls"] = list(self.calls)
+        if self.name:
+            found["name"] = self.name
+        return found
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of rendered text, and whether the model is to learn to say it."""
+class Conversation(NamedTuple):
+    """Turns in order, and the tools that the assistant may call, as JSON schemas."""
 
-    text: str
-    trained: bool
+    turns: tuple[Turn, ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
+    def digest(self) -> bytes:
+        """16 bytes that identify the contents, whatever shape they were read from."""
+        parts = [part for turn in self.turns for part in turn[:3]]
+        if self.tools or any(turn[3:] != ((), "", True) for turn in self.turns):
+            rest = [turn[3:] for turn in self.turns]
+            parts.append(json.dumps([rest, self.tools], sort_keys=True))
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
 
-def parse(text: str) -> list[Turn]:
-    """The turns of a guanaco `text`; what stands before the first mark is the system turn."""
-    first, *rest = MARK.split(text)
-    turns = [Turn("system", first)] if first else []
-    return turns + [
-        Turn(ROLES[mark], said) for mark, said in zip(rest[::2], rest[1::2], strict=True)
-    ]
-
-
-def render(turns: Sequence[Turn], loss_on: str) -> list[Segment]:
-    """The segments of a whole conversation; joined, they are the row's text to the letter.
-
-    Args:
-        loss_on: `assistant` trains what the assistant says, `all` everything.
-    """
-    segments = []
-    for turn in turns:
-        mark = MARKS.get(turn.role, "")
-        if mark:
-            segments.append(Segment(mark, loss_on == "all"))
-        segments.append(Segment(turn.text, loss_on == "all" or turn.role == "assistant"))
-    return segments
+    def dumps(self) -> dict[str, Any]:
+        """As JSON holds it; `loads` reads it back."""
+        weights = [{} if turn.learned else {"weight": 0} for turn in self.turns]
+        messages = [
+            turn.message() | weight for turn, weight in zip(self.turns, weights, strict=True)
+        ]
+        return {"messages": messages, "tools": list(self.tools)}
 
 
-def render_prompt(turns: Sequence[Turn]) -> str:
-    """The text that the model is to continue: the conversation so far and the assistant's mark."""
-    return "".join(segment.text for segment in render(turns, "all")) + MARKS["assistant"]
+def loads(stored: dict[str, Any]) -> Conversation:
+    """The conversation that `Conversation.dumps` gave; other keys are passed over."""
+    turns = [
+        Turn(
+            entry["role"], entry["content"], entry.get("context", ""),
+            tuple(entry.get("tool_calls", ())), entry.get("name", ""), entry.get("weight") != 0,
+        )
+        for entry in stored["messages"]
+    ]  # fmt: skip
+    return Conversation(tuple(turns), tuple(stored["tools"]))
 
 
-def ask(prompt: str, system: str = "") -> list[Turn]:
+def ask(prompt: str, system: str = "") -> Conversation:
     """The conversation that a single prompt opens."""
-    opening = [Turn("system", system)] if system else []
-    return [*opening, Turn("user", f" {prompt}")]
+    opening = (Turn("system", system),) if system else ()
+    return Conversation((*opening, Turn("user", prompt)))
 
 
-# Rendered and tokenised with the data, and compared wherever the adapter is used.
-GOLDEN = [
-    Turn("system", "Be brief.\n"),
-    Turn("user", " What is 2 + 2?"),
-    Turn("assistant", " 4"),
-    Turn("user", " Why?"),
-]
+def is_plain(conversation: Conversation) -> bool:
+    """Whether it is text to continue, rather than a conversation."""
+    return conversation.turns[0].role == "text"
 
 
-def stops() -> tuple[str, ...]:
-    """Texts at which an answer is over, beside EOS: the next turn's mark."""
-    return (MARKS["user"],)
+def without_tools(conversation: Conversation) -> Conversation:
+    """The same for a format that knows no tools: calls are JSON that is said, results what the user says."""
+    turns = []
+    for turn in conversation.turns:
+        said = [turn.text] if turn.text else []
+        said += [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.calls]
+        role = "user" if turn.role == "tool" else turn.role
+        turns.append(Turn(role, "\n".join(said), turn.context, learned=turn.learned))
+    if conversation.tools:
+        listed = json.dumps(list(conversation.tools), ensure_ascii=False)
+        own = turns.pop(0).text + "\n" if turns[0].role == "system" else ""
+        turns.insert(0, Turn("system", f"{own}Tools: {listed}"))
+    return Conversation(tuple(turns))
+
+
+def with_folded_system(conversation: Conversation) -> Conversation:
+    """The same for a format that refuses a system turn: it stands before what the user says first."""
+    first, *rest = conversation.turns
+    if first.role != "system":
+        return conversation
+    if rest and rest[0].role == "user":
+        rest[0] = rest[0]._replace(text=f"{first.text}\n\n{rest[0].text}")
+    else:
+        rest.insert(0, Turn("user", first.text))
+    return conversation._replace(turns=tuple(rest))
+
+
+def with_folded_context(conversation: Conversation) -> Conversation:
+    """The same for a format that knows no context: it stands before what is asked."""
+    turns = [
+        turn._replace(text=f"{turn.context}\n{turn.text}", context="") if turn.context else turn
+        for turn in conversation.turns
+    ]
+    return conversation._replace(turns=tuple(turns))
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded at all; JSON may hold half a surrogate pair, a shell any byte."""
+    """Whether a text can be encoded at all; a shell may pass any byte."""
     try:
         text.encode()
     except UnicodeEncodeError:

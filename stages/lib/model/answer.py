@@ -15,10 +15,19 @@ from stages.lib.run.progress import Progress
 class Tokenizer(Protocol):
     """What answering needs of a tokenizer; see `stages.lib.data.tokens.Tokens`."""
 
-    eos: int
     pad: int
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Stops(Protocol):
+    """What ends an answer: texts and token ids; see `stages.lib.data.formats.Stops`."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -95,14 +104,14 @@ def answer(
     tokens: Tokenizer,
     precision: str,
     prompts: Sequence[Sequence[int]],
-    stops: Sequence[str],
+    stops: Stops,
     max_new_tokens: int,
     write: Callable[[str], object] | None = None,
 ) -> list[Answer]:
     """Continue prompts greedily, all in one left-padded batch.
 
     Args:
-        prompts: token ids of each. stops: texts that end an answer, beside EOS.
+        prompts: token ids of each. stops: what ends an answer.
         write: gets the text of a single prompt as it is said.
     """
     place, longest = load.device(), max(map(len, prompts))
@@ -119,24 +128,24 @@ def answer(
             top_p=None,
             top_k=None,
             use_cache=True,
-            eos_token_id=tokens.eos,
+            eos_token_id=list(stops.ids),
             pad_token_id=tokens.pad,
-            stopping_criteria=StoppingCriteriaList([AtStop(tokens, stops, longest)]),
-            streamer=Stream(tokens, stops, write) if write else None,
+            stopping_criteria=StoppingCriteriaList([AtStop(tokens, stops.texts, longest)]),
+            streamer=Stream(tokens, stops.texts, write) if write else None,
         )
     return [_answer(row[longest:].tolist(), tokens, stops) for row in out]
 
 
-def _answer(ids: list[int], tokens: Tokenizer, stops: Sequence[str]) -> Answer:
-    ended = tokens.eos in ids
-    said = ids[: ids.index(tokens.eos)] if ended else ids
+def _answer(ids: list[int], tokens: Tokenizer, stops: Stops) -> Answer:
+    end = next((n for n, token in enumerate(ids) if token in stops.ids), None)
+    ended, said = end is not None, ids[:end]
     text = tokens.decode(said)
-    at_stop = _holds(text, stops)
+    at_stop = _holds(text, stops.texts)
     if at_stop:  # what comes after it is padding, or another row's time
-        spoken = (n for n in range(len(said)) if _holds(tokens.decode(said[:n]), stops))
+        spoken = (n for n in range(len(said)) if _holds(tokens.decode(said[:n]), stops.texts))
         said = said[: next(spoken, len(said))]
     finish = "stop" if ended or at_stop else "length"
-    return Answer(_until(text, stops).strip(), len(said) + (ended and not at_stop), finish)
+    return Answer(_until(text, stops.texts).strip(), len(said) + (ended and not at_stop), finish)
 
 
 def _holds(text: str, stops: Sequence[str]) -> bool:
@@ -148,7 +157,7 @@ def in_batches(
     tokens: Tokenizer,
     precision: str,
     prompts: Sequence[Sequence[int]],
-    stops: Sequence[str],
+    stops: Stops,
     max_new_tokens: int,
     size: int,
 ) -> list[Answer]:

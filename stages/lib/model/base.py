@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,13 @@ class Base:
                 f"{self.name}, {context} tokens; shorten one of them"
             )
 
-    def check_vocabulary(self, size: int) -> None:
-        """Refuse a tokenizer that has ids beyond the model's embeddings."""
-        rows = self.config.get("vocab_size", size)
-        if size > rows:
+    def check_vocabulary(self, tokens: Sequence[str]) -> None:
+        """Refuse a tokenizer that has ids beyond the model's embeddings; `tokens`: by id."""
+        rows = self.config.get("vocab_size", len(tokens))
+        if len(tokens) > rows:
             raise BadData(
-                f"the tokenizer of {self.name} has {size} tokens, its embeddings {rows} rows"
+                f"the tokenizer of {self.name} has {len(tokens)} tokens, its embeddings {rows} rows; the first "
+                f"without one is {tokens[rows]!r}: remove it, or resize the model"
             )
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stages.lib.model.answer import answer
+from stages.lib.model.answer import Stops, answer
 from stages.lib.model.loss import Rows, held_out_bins, mean_nll
 from stages.lib.run.exits import GateFailed
 from stages.lib.run.progress import Progress
@@ -20,13 +20,14 @@ def compare(
     held_out: Rows,
     capacity: int,
     questions: Sequence[dict[str, Any]],
-    stops: Sequence[str],
+    stops: Stops,
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Held-out loss and answers of both sides.
 
     Args:
-        capacity: tokens of a forward pass. questions: with `question`, `prompt` (rendered) and `reference`.
+        capacity: tokens of a forward pass. questions: with `question`, `prompt` (rendered), its `ids` and
+        `reference`.
 
     Returns:
         `base` and `tuned`, each with `loss` (nats a learned token), `perplexity`, `stop_rate` (share of answers
@@ -51,7 +52,7 @@ def compare(
                 found = []
                 for first in range(0, len(questions), BATCH):
                     batch = questions[first : first + BATCH]
-                    ids = [tokens.encode_prompt(question["prompt"]) for question in batch]
+                    ids = [question["ids"] for question in batch]
                     found += answer(tuned, tokens, precision, ids, stops, max_new_tokens)
                     progress.advance(max_new_tokens * len(ids))
             for entry, said in zip(answers, found, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages.lib.data.formats import Stops
 from stages.lib.data.tokens import Tokens
 from stages.lib.model.answer import Stream, _answer, answer, in_batches
 
@@ -16,6 +17,10 @@ STOP = "### Human:"
 @pytest.fixture(scope="module")
 def tokens(tiny: Path) -> Tokens:
     return Tokens(tiny)
+
+
+def stops(tokens: Tokens, *texts: str) -> Stops:
+    return Stops(texts, (tokens.eos,))
 
 
 def ids_of(tokens: Tokens, text: str) -> list[int]:
@@ -34,7 +39,7 @@ def ids_of(tokens: Tokens, text: str) -> list[int]:
 def test_how_an_answer_ends(tokens: Tokens, said: str, ends: bool, text: str, finish: str) -> None:
     spoken = ids_of(tokens, said) + [tokens.eos] * ends
     padding = [tokens.pad] * 30 if finish == "stop" else []
-    found = _answer(spoken + padding, tokens, [STOP])
+    found = _answer(spoken + padding, tokens, stops(tokens, STOP))
     assert (found.text, found.finish) == (text, finish)
     assert found.tokens <= len(spoken)
 
@@ -61,18 +66,20 @@ def test_a_batch_says_what_each_prompt_alone_would_hear(
     prompts = [
         ids_of(tokens, text) for text in ("One", "A much longer prompt than that", "Two words")
     ]
-    together = in_batches(tuned, tokens, "fp32", prompts, [STOP], 6, size=3)
-    alone = [answer(tuned, tokens, "fp32", [prompt], [STOP], 6)[0] for prompt in prompts]
+    together = in_batches(tuned, tokens, "fp32", prompts, stops(tokens, STOP), 6, size=3)
+    alone = [
+        answer(tuned, tokens, "fp32", [prompt], stops(tokens, STOP), 6)[0] for prompt in prompts
+    ]
     assert together == alone
 
 
 def test_generation_stops_at_the_next_turn(attach: Callable[..., Any], tokens: Tokens) -> None:
     tuned = attach()
     prompt = ids_of(tokens, "Hello there")
-    free = answer(tuned, tokens, "fp32", [prompt], [], 12)[0]
+    free = answer(tuned, tokens, "fp32", [prompt], stops(tokens), 12)[0]
     assert free.finish == "length"
     stop = tokens.decode(ids_of(tokens, free.text)[:4])[-3:]
-    stopped = answer(tuned, tokens, "fp32", [prompt], [stop], 12)[0]
+    stopped = answer(tuned, tokens, "fp32", [prompt], stops(tokens, stop), 12)[0]
     assert stopped.finish == "stop"
     assert stopped.tokens < 12
     assert free.text.startswith(stopped.text)
