@@ -15,7 +15,10 @@ export PROMPT RUN_DIR MAKE_GIVEN
 
 # Paths are mounted where they are, so that they mean the same inside and outside.
 mount = -v "$(abspath $(1)):$(abspath $(1))$(2)"
-inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(DATASET) $(BASE_MODEL) $(INIT_ADAPTER) $(PROMPTS_FILE))))
+comma := ,
+paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(item))))
+inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
+  $(PROMPTS_FILE))))
 docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" && docker run --rm --pull never --gpus all --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \

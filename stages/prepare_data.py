@@ -1,38 +1,47 @@
 """prepare-data: from a data set to token ids and a mask that says what is learned.
 
-Reads a hub data set, files, or the embedded sample, and the base model's tokenizer.
+Reads hub data sets, files, URLs, or the embedded sample, and the base model's tokenizer.
 Writes `data/` in the run directory: `train.arrow`, `held_out.arrow`, `prompts.jsonl` (held-out questions),
-`prompt_format.json`, and the manifest with the account of every row.
+`prompt_format.json`, `ledger.jsonl` (what each row lost), `rejects.jsonl` (rows that could not be read),
+`preview.html`, and the manifest with the account of every row.
 """
 
 import click
 
+from stages.lib.data import wanted
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options
 from stages.lib.run.settings import Stage, setting
-from stages.lib.run.values import Number
+from stages.lib.run.values import Names, Number
 
 
 @click.command("prepare-data", cls=Stage)
-@setting("--dataset", "DATASET", required=True, help="Hub id, file, folder, glob, or `sample`.")
+@setting(
+    "--dataset", "DATASET", required=True, shown=wanted.plain,
+    help="Hub id, file, folder, glob, URL or `sample`; several with commas between, NAME@REVISION=WEIGHT each.",
+)  # fmt: skip
 @setting("--dataset-revision", "DATASET_REVISION", help="Commit, tag or branch of a hub data set.")
+@setting(
+    "--shape", "SHAPE", default="auto", help="What the rows look like; auto tells it by their columns.",
+    type=click.Choice(["auto", "guanaco", "alpaca", "sharegpt", "messages", "text"]),
+)  # fmt: skip
+@setting(
+    "--chat-format", "CHAT_FORMAT", default="auto",
+    help="How a conversation is written: tokenizer (its own template), guanaco, alpaca, chatml, llama2, text, "
+    "or a .jinja file.",
+)  # fmt: skip
 @options.base_model
 @options.base_revision
 @setting(
-    "--max-rows",
-    "MAX_ROWS",
-    type=Number(int, low=1),
-    help="Use only the first rows. [default: all]",
-)
+    "--max-rows", "MAX_ROWS", type=Number(int, low=1),
+    help="Use only the first rows of each source. [default: all]",
+)  # fmt: skip
 @setting(
-    "--max-length",
-    "MAX_LENGTH",
-    type=Number(int, low=2),
-    default=1024,
+    "--max-length", "MAX_LENGTH", type=Number(int, low=8), default=1024,
     help="Longest row, in tokens with EOS.",
-)
+)  # fmt: skip
 @setting(
-    "--on-long", "ON_LONG", type=click.Choice(["truncate", "drop", "error"]), default="truncate",
+    "--on-long", "ON_LONG", type=click.Choice(["truncate", "split", "drop", "error"]), default="truncate",
     help="What happens to a longer row; a truncated one still ends in EOS.",
 )  # fmt: skip
 @setting(
@@ -43,46 +52,92 @@ from stages.lib.run.values import Number
     "--validation-fraction", "VALIDATION_FRACTION", type=Number(low=0, high=0.5), default=0.05,
     help="Share of rows held out, unless the data set has a test split of its own.",
 )  # fmt: skip
+@setting(
+    "--duplicates", "DUPLICATES", type=click.Choice(["drop", "keep", "near"]), default="drop",
+    help="Rows that were there before; near drops those that are almost the same too.",
+)  # fmt: skip
+@setting(
+    "--fail-on-leakage", "FAIL_ON_LEAKAGE", is_flag=True,
+    help="End where a training row is in the data set's own test split, instead of leaving it out.",
+)  # fmt: skip
+@setting(
+    "--max-bad-rows", "MAX_BAD_ROWS", type=Number(int, low=0), default=0,
+    help="Rows that cannot be read and may be left out.",
+)  # fmt: skip
+@setting(
+    "--allow", "ALLOW", type=Names(among=("nothing-to-learn", "empty-answers", "unended")),
+    help="Checks to pass over: nothing-to-learn, empty-answers (over 1 %), unended (over 1 % without EOS).",
+)  # fmt: skip
+@setting(
+    "--keep-rejected-text",
+    "KEEP_REJECTED_TEXT",
+    is_flag=True,
+    help="Keep the text of bad rows too.",
+)
+@setting(
+    "--show", "SHOW", type=Number(int, low=0), default=0, identity=False,
+    help="Print so many rows as they are learned.",
+)  # fmt: skip
 @options.seed
 @run_options
 @click.pass_context
 def prepare_data(
-    ctx: click.Context, /, dataset: str, dataset_revision: str | None, base_model: str,
-    base_revision: str | None, max_rows: int | None, max_length: int, on_long: str, loss_on: str,
-    validation_fraction: float, seed: int, **run_settings: object,
+    ctx: click.Context, /, dataset: str, dataset_revision: str | None, shape: str, chat_format: str,
+    base_model: str, base_revision: str | None, max_rows: int | None, max_length: int, on_long: str,
+    loss_on: str, validation_fraction: float, duplicates: str, keep_rejected_text: bool, show: int,
+    seed: int, max_bad_rows: int, allow: tuple[str, ...] | None, fail_on_leakage: bool, **run_settings: object,
 ) -> None:  # fmt: skip
-    """Read a data set, tokenise it, and account for every row."""
-    from stages.lib.data import preparation, prepared, sources
+    """Read data sets, tokenise them, and account for every row."""
+    from stages.lib.data import formats, prepared, sources
     from stages.lib.model.base import Base
+    from stages.lib.report import preview
     from stages.lib.report.table import account
-    from stages.lib.run import preemption
-    from stages.lib.run.progress import Progress
+    from stages.lib.run.progress import say
 
     run = Run(ctx)
     base = Base(base_model, base_revision)
+    template = formats.reference(chat_format)
     known = run.previous_inputs("data").get("dataset")
-    if run.finished(
-        "data", {"base": base.reference(), "dataset": sources.reference(dataset, known)}
-    ):
+    before = {"base": base.reference(), "dataset": sources.reference(dataset, known)}
+    if made := run.finished("data", before | {"chat_template": template}):
+        if show:
+            from stages.lib.data.tokens import Tokens
+
+            tokens = Tokens(base.fetch(weights=False))
+            click.echo(preview.text(prepared.head(made.path, show), tokens))
         return
-    source = sources.find(dataset, dataset_revision)
     with run.work() as scratch:
+        from stages.lib.data import assembly
+        from stages.lib.data.ledger import Ledger
+        from stages.lib.data.preparation import Preparer
         from stages.lib.data.tokens import Tokens
 
+        out = scratch / "data"
+        found = sources.find(dataset, dataset_revision, scratch)
         tokens = Tokens(base.fetch(weights=False))
         base.check_length(max_length)
-        base.check_vocabulary(len(tokens))
-        ledger = preparation.Ledger()
-        examples = preparation.examples(
-            source, tokens, ledger, max_rows=max_rows, max_length=max_length, on_long=on_long,
-            loss_on=loss_on, validation_fraction=validation_fraction, seed=seed,
+        base.check_vocabulary(tokens.vocabulary())
+        readings = assembly.recognise(found, shape)
+        shapes = list(dict.fromkeys(reading.shape.name for reading in readings))
+        written, why = formats.choose(chat_format, tokens, shapes, loss_on)
+        say(f"chat format {written.name}, as {why}")
+        prepare = Preparer(written, max_length, on_long, seed, duplicates == "near")
+        out.mkdir()
+        with prepared.Writer(out) as writer, Ledger(out, keep_rejected_text) as ledger:
+            by_source = assembly.Assembly(
+                prepare, writer, ledger, scratch, held_out=validation_fraction, repeats=duplicates,
+                max_rows=max_rows, seed=seed,
+            ).run(readings)  # fmt: skip
+        ledger.check(
+            wanted.plain(dataset), max_bad_rows=max_bad_rows, max_length=max_length, on_long=on_long,
+            allowed=allow or (), fail_on_leakage=fail_on_leakage,
         )  # fmt: skip
-        with prepared.Writer(scratch, tokens) as writer, Progress(max_rows, "rows") as progress:
-            for part, example in examples:
-                preemption.check()
-                writer.write(part, example)
-                progress.update(ledger.rows_read, tokens=ledger.tokens)
-        ledger.check(source.name)
-        inputs = {"dataset": source.inputs(), "base": base.identity()}
-        made = run.publish("data", scratch, inputs, ledger.metrics(), seed=seed)
-    click.echo(account(made.metrics))
+        written.save(out)
+        facts = {"shape": ",".join(shapes), "chat_format": written.name, "sources": by_source}
+        metrics = ledger.metrics() | facts
+        preview.write(out, prepared.head(out, preview.ROWS), tokens, metrics, ledger.lengths)
+        inputs = {"dataset": sources.identity(dataset, found), "base": base.identity()}
+        made = run.publish("data", out, inputs | {"chat_template": template}, metrics, seed=seed)
+    if show:
+        click.echo(preview.text(prepared.head(made.path, show), tokens))
+    click.echo(account(metrics))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Stages, clean_environment, run_stages
+from tests.refusals import Result, refused, run_dir_of, sentences, whole, write_preset
 
 # What the finished run was made with; its folder is read by every test and changed by none.
 RECIPE = {
@@ -23,60 +24,6 @@ RECIPE = {
     "MAX_STEPS": 2, "OPTIMIZER": "adamw_torch", "VALIDATION_FRACTION": 0.1, "MAX_NEW_TOKENS": 4,
 }  # fmt: skip
 SHORT = ["--max-length", "64"]  # the tiny model's context is less than the default
-Result = subprocess.CompletedProcess[str]
-
-
-def write_preset(path: Path, **values: object) -> Path:
-    path.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
-    return path
-
-
-def sentences(result: Result) -> list[str]:
-    """What standard error says to a person: neither JSON lines nor click's two lines about usage."""
-    lines = [
-        line for line in result.stderr.splitlines() if line.strip() and not line.startswith("{")
-    ]
-    return [line for line in lines if not line.startswith(("Usage: ", "Try '"))]
-
-
-def run_dir_of(result: Result) -> Path | None:
-    args = list(map(str, result.args))
-    return Path(args[args.index("--run-dir") + 1]) if "--run-dir" in args else None
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    """One sentence with these words, this exit code, and no trace of work left behind."""
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    assert len(sentences(result)) == 1, result.stderr
-    (said,) = sentences(result)
-    for word in words:
-        assert word in said
-    assert result.stdout == ""
-    run = run_dir_of(result)
-    if run is not None:
-        assert debris(run) == []
-        assert not (run / "holder.json").exists()
-    if (
-        run is not None and run.is_dir() and "[exit " in said
-    ):  # before that, click has not learned of a run
-        recorded = json.loads((run / "error.json").read_text())
-        assert recorded["exit"] == code
-        assert recorded["message"] in said
-
-
-def debris(run: Path) -> list[str]:
-    """Folders of a run that are no whole artifact."""
-    folders = (
-        [p for p in run.glob("*") if p.is_dir() and p.name != "checkpoints"] if run.is_dir() else []
-    )
-    return sorted(p.name for p in [*folders, *run.glob("checkpoints/*")] if not whole(p))
-
-
-def whole(folder: Path) -> bool:
-    path = folder / "manifest.json"
-    files = json.loads(path.read_text())["files"] if path.is_file() else {}
-    return bool(files) and all((folder / name).is_file() for name in files)
 
 
 @pytest.fixture(autouse=True)
@@ -244,56 +191,6 @@ def prepare(stages: Stages, tmp_path: Path, base: Path, dataset: Path | str, **e
 GOOD = '{"text": "### Human: Hi### Assistant: Hello."}\n'
 
 
-BAD_DATA = [
-    ("empty.jsonl", "", ["no row to train on", "0 read"]),
-    ("empty.csv", "", ["no row to train on", "0 read"]),
-    (
-        "blank.jsonl",
-        '{"text": ""}\n{"text": " \\n"}\n',
-        ["no row to train on", "2 read", "2 empty"],
-    ),
-    (
-        "unanswered.jsonl",
-        '{"text": "### Human: Hi"}\n',
-        ["no row to train on", "1 read", "1 no_answer"],
-    ),
-    (
-        "columns.jsonl",
-        GOOD + '{"question": "Hi", "answer": "Ho"}\n',
-        [":2", "`text`", "question, answer"],
-    ),
-    ("columns.csv", "question,answer\nHi,Ho\n", ["row 1", "`text`", "question, answer"]),
-    ("number.jsonl", GOOD + '{"text": 7}\n', [":2", "int", "must be a string"]),
-    ("null.json", '[{"text": null}]', ["row 1", "must be a string"]),
-    ("list.jsonl", '["Hi"]\n', [":1", "list"]),
-    ("cut.jsonl", GOOD + '{"text": "cut o', [":2", "not valid JSON"]),
-    ("cut.json", '[\n{"text": "Hi"},\n{"text": ', [":3", "not valid JSON"]),
-    ("latin.jsonl", '\n{"text": "caf\xe9"}\n', [":2", "not UTF-8"]),
-    ("latin.json", '[{"text": "caf\xe9"}]', ["not UTF-8"]),
-    ("latin.csv", "text\ncaf\xe9\n", ["UTF-8"]),
-    ("half.jsonl", '{"text": "### Human: \\ud83d### Assistant: Hello."}\n', [":1"]),
-    ("rows.txt", "Hi\n", [".jsonl", ".csv"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"), BAD_DATA, ids=[name for name, *_ in BAD_DATA]
-)
-def test_bad_data(
-    stages: Stages, tmp_path: Path, tiny: Path, name: str, content: str, words: list[str]
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content.encode("latin-1"))
-    refused(prepare(stages, tmp_path, tiny, path), 65, str(path), *words)
-
-
-def test_long_row_with_on_long_error(stages: Stages, tmp_path: Path, tiny: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    path.write_text(GOOD + GOOD.replace("Hello", "Hello, " * 20))
-    result = prepare(stages, tmp_path, tiny, path, MAX_LENGTH="40", ON_LONG="error")
-    refused(result, 65, f"{path}:2 has ", "MAX_LENGTH is 40", "ON_LONG=truncate")
-
-
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such/folder", "empty", "none*.jsonl"])
 def test_missing_data(stages: Stages, tmp_path: Path, tiny: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -330,7 +227,7 @@ def test_data_that_may_not_be_read(tmp_path: Path, tiny: Path) -> None:
     path.write_text(GOOD)
     path.chmod(0)
     args = ["prepare-data", "--base-model", tiny, *SHORT, "--run-dir", tmp_path / "run"]
-    refused(without_root_powers(tmp_path, *args, "--dataset", path), 77, str(path), "read")
+    refused(without_root_powers(tmp_path, *args, "--dataset", path), 66, str(path), "read")
 
 
 # --- the base model --------------------------------------------------------------------------------

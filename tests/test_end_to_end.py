@@ -18,7 +18,10 @@ from tests.conftest import REAL_ROWS, ROOT, clean_environment, run_stages
 SMOKE = ("--env-file", str(ROOT / "env" / "smoke.env"))
 STAGES = ("prepare-data", "train", "evaluate", "merge")
 FILES = {
-    "data": {"train.arrow", "held_out.arrow", "prompts.jsonl", "prompt_format.json"},
+    "data": {
+        "train.arrow", "held_out.arrow", "prompts.jsonl", "prompt_format.json", "ledger.jsonl",
+        "rejects.jsonl", "preview.html",
+    },
     "adapter": {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "prompt_format.json", "last/adapter_model.safetensors",

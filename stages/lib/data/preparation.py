@@ -1,279 +1,244 @@
-"""From rows to token ids that fit, every row and token accounted for."""
+"""From rows to token ids that fit: what one process does with a chunk of rows."""
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from stages.lib.data import sources
-from stages.lib.data.conversation import (
-    GUANACO,
-    Segment,
-    Turn,
-    is_unicode,
-    parse,
-    render,
-    render_prompt,
-)
-from stages.lib.data.sources import Row, Source
-from stages.lib.data.tokens import Tokens
-from stages.lib.run.exits import BadData
+import numpy as np
+import numpy.typing as npt
 
-BATCH = 1000
+from stages.lib.data import conversation, duplicates
+from stages.lib.data.conversation import Conversation
+from stages.lib.data.fitting import Fitted, Fitter
+from stages.lib.data.formats import Format
+from stages.lib.data.reading import Chunk, Row
+from stages.lib.data.rows import bad_data
+from stages.lib.data.shapes import Misfit, Shape
+from stages.lib.data.templates import Segment
 
 
-@dataclass
-class Example:
-    """One row on its way: where it came from, what it says, and then its ids and mask.
+class Outcome(NamedTuple):
+    """What became of one row.
 
-    `unanswered` is the text of turns at the end that nobody answers; `cut` says that tokens were lost.
+    Attributes:
+        line, byte: where it stands in its file. reason: why it is not kept, empty where it is.
+        detail: the reason in words. raw: the text of a bad row. last: whether nothing after it could be read.
+        digest: of the conversation. place: its `place` among all, by which it may be held out.
+        tokens: before anything was cut. cut: of them, what was. unanswered: of them, those of turns at the end
+        that nobody answers, which are left out; turns: how many. long: whether it was over the limit.
+        pieces: rows that it became. going_on: of them, those that another continues.
+        prompt: the conversation up to its last answer, and that answer, where it may be asked in evaluation.
+        mark: MinHash, where near duplicates are looked for.
     """
 
-    row: int
-    where: str
-    text: str
-    turns: list[Turn]
-    unanswered: str = ""
-    cut: bool = False
-    ids: list[int] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
-
-    def prompt(self) -> dict[str, Any] | None:
-        """The conversation up to the last answer, and that answer; None where nothing is asked."""
-        if self.cut:
-            return None
-        answers = [i for i, turn in enumerate(self.turns) if turn.role == "assistant"]
-        if not answers or not any(turn.role == "user" for turn in self.turns[: answers[-1]]):
-            return None
-        before = self.turns[: answers[-1]]
-        reference = self.turns[answers[-1]].text.strip()
-        question = before[-1].text.strip()
-        return {
-            "row": self.row,
-            "question": question,
-            "prompt": render_prompt(before),
-            "reference": reference,
-        }
-
-
-@dataclass
-class Ledger:
-    """What became of every row and token."""
-
-    rows_read: int = 0
-    rows_kept: int = 0
-    rows_dropped: dict[str, int] = field(default_factory=dict)
-    rows_truncated: int = 0
-    rows_held_out: int = 0
-    turns_dropped: int = 0
+    line: int
+    byte: int | None
+    reason: str = ""
+    detail: str = ""
+    raw: str = ""
+    last: bool = False
+    digest: bytes = b""
+    place: float = 0.0
     tokens: int = 0
-    trainable_tokens: int = 0
-    tokens_lost: int = 0
-    rows_ending_in_trained_eos: int = 0
-    lengths: list[int] = field(default_factory=list)
-
-    def drop(self, reason: str) -> None:
-        """Count a row that is not kept."""
-        self.rows_dropped[reason] = self.rows_dropped.get(reason, 0) + 1
-
-    def keep(self, example: Example, eos: int) -> None:
-        """Count a row that is kept."""
-        self.rows_kept += 1
-        self.tokens += len(example.ids)
-        self.trainable_tokens += sum(example.trained)
-        self.rows_ending_in_trained_eos += example.ids[-1] == eos and example.trained[-1]
-        self.lengths.append(len(example.ids))
-
-    def metrics(self) -> dict[str, Any]:
-        """For the manifest; `length_quantiles` are tokens of kept rows."""
-        found = asdict(self)
-        lengths = sorted(found.pop("lengths"))
-        quantiles = {
-            q: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
-            for q in (0, 0.25, 0.5, 0.75, 0.95, 1)
-        }
-        shape = {"shape": GUANACO, "chat_format": GUANACO}
-        return (
-            found
-            | {"length_quantiles": {f"{q:g}": tokens for q, tokens in quantiles.items()}}
-            | shape
-        )
-
-    def check(self, name: str) -> None:
-        """Refuse a data set that leaves nothing to train on."""
-        if self.rows_kept == self.rows_held_out:
-            reasons = (
-                ", ".join(f"{n} {reason}" for reason, n in self.rows_dropped.items())
-                or "none dropped"
-            )
-            held = f", {self.rows_held_out} held out" if self.rows_held_out else ""
-            raise BadData(
-                f"{name} leaves no row to train on: {self.rows_read} read, {reasons}{held}; "
-                "add rows, or mend what drops them"
-            )
+    cut: int = 0
+    unanswered: int = 0
+    turns: int = 0
+    long: bool = False
+    pieces: int = 0
+    going_on: int = 0
+    prompt: dict[str, Any] | None = None
+    mark: Any = None
 
 
-def examples(
-    source: Source,
-    tokens: Tokens,
-    ledger: Ledger,
-    *,
-    max_rows: int | None,
-    max_length: int,
-    on_long: str,
-    loss_on: str,
-    validation_fraction: float,
-    seed: int,
-) -> Iterator[tuple[str, Example]]:
-    """Every row that is kept, with its part: `train` or `held_out`.
+class Batch(NamedTuple):
+    """A chunk of rows, prepared.
 
-    A data set's own test split is held out as it is; else a share of the rows is, by a hash of their text.
+    Attributes:
+        outcomes: of every row. ids: int32 [tokens], learned: bool [tokens] and starts: int64 [pieces + 1] of
+        the pieces of kept rows, in order.
     """
 
-    def tokenised(rows: Iterable[Row]) -> Iterator[Example]:
-        found = conversations(rows, loss_on, ledger)
-        return tokenise(found, tokens, loss_on, max_length, on_long, ledger)
-
-    fraction = 0 if source.held_out else validation_fraction
-    first = tokenised(itertools.islice(sources.rows(source, source.train), max_rows))
-    parts = [split(first, fraction, seed)]
-    if source.held_out:
-        parts.append(("held_out", e) for e in tokenised(sources.rows(source, source.held_out)))
-    for part, example in itertools.chain(*parts):
-        ledger.rows_held_out += part == "held_out"
-        yield part, example
+    outcomes: list[Outcome]
+    ids: npt.NDArray[np.int32]
+    learned: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.int64]
 
 
-def conversations(rows: Iterable[Row], loss_on: str, ledger: Ledger) -> Iterator[Example]:
-    """The rows that hold a conversation; the others are counted, or are an error where a column is missing."""
-    for row in rows:
-        ledger.rows_read += 1
-        text = _text(row)
-        if not text.strip():
-            ledger.drop("empty")
-            continue
-        turns = parse(text)
-        answered = len(turns)
-        while loss_on == "assistant" and answered and turns[answered - 1].role != "assistant":
-            answered -= 1
-        if not answered:
-            ledger.drop("no_answer")
-            continue
-        ledger.turns_dropped += len(turns) - answered
-        unanswered = "".join(segment.text for segment in render(turns[answered:], loss_on))
-        yield Example(ledger.rows_read, row.where, text, turns[:answered], unanswered)
+class Job(NamedTuple):
+    """A chunk to prepare. `ask`: share of its rows, by `place`, that may be asked in evaluation."""
+
+    chunk: Chunk
+    shape: Shape
+    ask: float
 
 
-def _text(row: Row) -> str:
-    if not isinstance(row.data, dict):
-        raise BadData(
-            f"{row.where} is {type(row.data).__name__}, not an object with a `text` column"
-        )
-    if "text" not in row.data:
-        columns = ", ".join(map(str, row.data)) or "none"
-        raise BadData(
-            f"{row.where} has no `text` column (its columns: {columns}); rename the one that holds it"
-        )
-    text = row.data["text"]
-    if not isinstance(text, str):
-        raise BadData(
-            f"{row.where} has {type(text).__name__} in `text`, which must be a string; mend the row"
-        )
-    if not is_unicode(text):
-        raise BadData(
-            f"{row.where} has half a character (a lone surrogate) in `text`; mend the row"
-        )
-    return text
+class Preparer:
+    """Turns chunks into batches; the same in every process.
 
-
-def tokenise(
-    examples: Iterable[Example],
-    tokens: Tokens,
-    loss_on: str,
-    max_length: int,
-    on_long: str,
-    ledger: Ledger,
-) -> Iterator[Example]:
-    """Give each example its ids and mask, at most `max_length` tokens with EOS, and count it."""
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == BATCH:
-            yield from _encode(batch, tokens, loss_on, max_length, on_long, ledger)
-            batch = []
-    yield from _encode(batch, tokens, loss_on, max_length, on_long, ledger)
-
-
-def _encode(
-    batch: list[Example],
-    tokens: Tokens,
-    loss_on: str,
-    max_length: int,
-    on_long: str,
-    ledger: Ledger,
-) -> Iterator[Example]:
-    segments: list[list[Segment]] = [render(example.turns, loss_on) for example in batch]
-    for example, found in zip(batch, tokens.encode(segments, loss_on != "all"), strict=True):
-        example.ids, example.trained = found
-        if example.unanswered:
-            ledger.tokens_lost += len(tokens.encode_prompt(example.unanswered))
-        if _fit(example, max_length, on_long, tokens.eos, ledger):
-            ledger.keep(example, tokens.eos)
-            yield example
-
-
-def _fit(example: Example, max_length: int, on_long: str, eos: int, ledger: Ledger) -> bool:
-    """Cut or refuse an example that is too long; whether it is kept."""
-    before = len(example.ids)
-    if before > max_length:
-        if on_long == "error":
-            raise BadData(
-                f"{example.where} has {before} tokens, MAX_LENGTH is {max_length}; raise it, or choose "
-                "ON_LONG=truncate or drop"
-            )
-        if on_long == "drop":
-            ledger.drop("too_long")
-            ledger.tokens_lost += before
-            return False
-        cut = max_length - 1
-        # End with something learned, so that EOS is learned too.
-        while cut and not example.trained[cut - 1]:
-            cut -= 1
-        example.ids = [*example.ids[:cut], eos]
-        example.trained = [*example.trained[:cut], True]
-        example.cut = True
-    if not any(example.trained[:-1]):
-        ledger.drop("nothing_to_learn")
-        ledger.tokens_lost += before
-        return False
-    if before > max_length:
-        ledger.rows_truncated += 1
-        ledger.tokens_lost += before - len(example.ids)
-    return True
-
-
-def split(examples: Iterable[Example], fraction: float, seed: int) -> Iterator[tuple[str, Example]]:
-    """Name the part of each example, `train` or `held_out`, by a hash of its text.
-
-    A row stays on its side when others are added. Where chance leaves the held-out part empty, the row with
-    the smallest hash goes there.
+    Args:
+        near: whether to take the MinHash of each row.
     """
-    least: tuple[float, Example] | None = None
-    held = False
-    for example in examples:
-        place = _place(example.text, seed)
-        if fraction and (least is None or place < least[0]):
-            least, (place, example) = (place, example), least or (-1.0, example)
-            if place < 0:
+
+    def __init__(self, chat_format: Format, limit: int, policy: str, seed: int, near: bool) -> None:
+        self.format, self.tokens, self.limit = chat_format, chat_format.tokens, limit
+        self.fitter = Fitter(chat_format, limit, policy)
+        self.seed, self.near = seed, near
+
+    def __call__(self, job: Job) -> Batch:
+        """Prepare one chunk."""
+        outcomes: list[Outcome] = []
+        said: dict[int, Conversation] = {}
+        segments: list[list[Segment]] = []
+        for row in job.chunk.rows():
+            found = self._read(row, job.shape)
+            if isinstance(found, Outcome):
+                outcomes.append(found)
                 continue
-        part = "held_out" if place < fraction else "train"
-        held = held or part == "held_out"
-        yield part, example
-    if least:
-        yield "held_out" if least[0] < fraction or not held else "train", least[1]
+            outcome, kept, written = found
+            said[len(outcomes)] = kept
+            outcomes.append(outcome)
+            segments.append(written)
+        return self._encode(job, outcomes, said, segments)
+
+    def _read(
+        self, row: Row, shape: Shape
+    ) -> Outcome | tuple[Outcome, Conversation, list[Segment]]:
+        """A row's conversation and its segments, or why it is not kept."""
+        bare = Outcome(row.line, row.byte)
+        if row.data is None:
+            return bare._replace(
+                reason="bad", detail=row.problem or "", raw=row.raw or "", last=row.loses_rest
+            )
+        try:
+            whole = shape.read(row.data)
+            if not any(turn.text.strip() or turn.calls for turn in whole.turns):
+                return bare._replace(reason="empty")
+            kept = self._answered(whole)
+            if not kept.turns:
+                roles = ", ".join(turn.role for turn in whole.turns)
+                return bare._replace(reason="no_answer", detail=f"its turns: {roles}")
+            if any(_is_empty(turn) for turn in kept.turns):
+                return bare._replace(reason="empty_answer")
+            segments = self.format.segments(kept)
+        except Misfit as reason:
+            raw = bad_data(row.line, str(reason), row.data).raw or ""
+            return bare._replace(reason="bad", detail=str(reason), raw=raw)
+        left_out = whole.turns[len(kept.turns) :]
+        lost = sum(self.tokens.lengths([turn.text for turn in left_out])) if left_out else 0
+        mark = duplicates.signature(kept) if self.near else None
+        digest = kept.digest()
+        outcome = Outcome(
+            row.line, row.byte, digest=digest, place=place(digest, self.seed), tokens=lost,
+            unanswered=lost, turns=len(left_out), mark=mark,
+        )  # fmt: skip
+        return outcome, kept, segments
+
+    def _answered(self, said: Conversation) -> Conversation:
+        """Without the turns at the end that nobody answers, where only answers are learned."""
+        if self.format.loss_on == "all" or conversation.is_plain(said):
+            return said
+        count = len(said.turns)
+        while count and not (
+            said.turns[count - 1].role == "assistant" and said.turns[count - 1].learned
+        ):
+            count -= 1
+        return said._replace(turns=said.turns[:count])
+
+    def _encode(
+        self,
+        job: Job,
+        outcomes: list[Outcome],
+        said: dict[int, Conversation],
+        segments: list[list[Segment]],
+    ) -> Batch:
+        encoded = self.tokens.encode(segments)
+        lengths = np.diff(encoded.starts)
+        learned = _sums(encoded.learned, encoded.starts)
+        whole = bool((lengths <= self.limit).all() and learned.all())
+        pieces: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
+        for number, (index, kept) in enumerate(said.items()):
+            outcome, size = outcomes[index], int(lengths[number])
+            long = size > self.limit
+            outcome = outcome._replace(
+                tokens=outcome.tokens + size, long=long, pieces=int(not long)
+            )
+            if not learned[number]:
+                text = "".join(segment.text for segment in segments[number])
+                shown = repr(text[:200])
+                outcome = outcome._replace(reason="nothing_to_learn", detail=shown, pieces=0)
+            elif outcome.long:
+                fitted = self.fitter.fit(kept, *encoded.row(number), encoded.ends[number])
+                outcome = _fitted(outcome, fitted)
+                pieces += fitted.pieces
+            elif not whole:
+                pieces.append(encoded.row(number))
+            outcomes[index] = outcome
+        self._ask(job.ask, outcomes, said)
+        if whole:
+            return Batch(outcomes, encoded.ids, encoded.learned, encoded.starts)
+        starts = np.cumsum([0, *(len(ids) for ids, _ in pieces)], dtype=np.int64)
+        return Batch(
+            outcomes,
+            np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in pieces)]),
+            np.concatenate([np.empty(0, bool), *(mask for _, mask in pieces)]),
+            starts,
+        )
+
+    def _ask(self, share: float, outcomes: list[Outcome], said: dict[int, Conversation]) -> None:
+        """Give a question to the rows that may be held out: those below `share`, and the least of all."""
+        whole = [i for i in said if outcomes[i].pieces and not outcomes[i].long]
+        places = {i: outcomes[i].place for i in whole if share}
+        least = min(places, key=places.__getitem__, default=None)
+        for index, where in places.items():
+            if where < share or index == least:
+                outcomes[index] = outcomes[index]._replace(prompt=self._prompt(said[index]))
+
+    def _prompt(self, said: Conversation) -> dict[str, Any] | None:
+        """The conversation up to the last answer, and that answer; None where nothing is asked."""
+        answers = [i for i, turn in enumerate(said.turns) if turn.role == "assistant"]
+        if not answers or not any(turn.role == "user" for turn in said.turns[: answers[-1]]):
+            return None
+        before = said._replace(turns=said.turns[: answers[-1]])
+        try:
+            text = self.format.prompt_text(before)
+        except Misfit:
+            return None
+        return {
+            "question": before.turns[-1].text.strip(),
+            "prompt": text,
+            "reference": said.turns[answers[-1]].text.strip(),
+        } | before.dumps()
 
 
-def _place(text: str, seed: int) -> float:
-    digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _fitted(outcome: Outcome, fitted: Fitted) -> Outcome:
+    if not fitted.pieces:
+        return outcome._replace(reason="too_long", detail=f"{outcome.tokens} tokens")
+    return outcome._replace(pieces=len(fitted.pieces), going_on=fitted.going_on, cut=fitted.lost)
+
+
+def _is_empty(turn: conversation.Turn) -> bool:
+    return turn.role == "assistant" and turn.learned and not turn.calls and not turn.text.strip()
+
+
+def _sums(values: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many of each row's values are true, [rows]."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.asarray(total[starts[1:]] - total[starts[:-1]])
+
+
+def place(digest: bytes, seed: int, purpose: str = "split") -> float:
+    """A number in [0, 1) that depends on a conversation and the seed alone."""
+    hashed = hashlib.blake2b(digest, digest_size=8, key=f"{purpose}{seed}".encode()).digest()
+    return int.from_bytes(hashed, "big") / 2**64
+
+
+def copies(digest: bytes, seed: int, weight: float) -> int:
+    """How often a row of a source of some weight is learned: 0.5 takes half of the rows, 2 each twice."""
+    return int(weight) + (place(digest, seed, "weight") < weight % 1)
+
+
+def counts(batch: Batch, stops: Sequence[int]) -> tuple[npt.NDArray[np.int64], ...]:
+    """Of each piece: its tokens, those learned, and whether it ends in a learned stop; int64 [pieces] each."""
+    last = batch.starts[1:] - 1
+    ended = np.isin(batch.ids[last], stops) & batch.learned[last]
+    return np.diff(batch.starts), _sums(batch.learned, batch.starts), ended.astype(np.int64)

@@ -1,84 +1,97 @@
 """The data artifact: token ids and the trained mask in Arrow, which `datasets` reads.
 
-Columns of `train.arrow` and `held_out.arrow`: `row` (int64, number in the source, from 1), `input_ids`
-(list of int32) and `trained` (list of bool: whether the token is learned).
+Columns of `train.arrow` and `held_out.arrow`: `row` (int64, number in the source, from 1), `input_ids` (list of
+int32), `trained` (list of bool: whether the token is learned), and `source` (int32, from 0).
 """
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stages.lib.data import conversation
-from stages.lib.data.preparation import Example
-from stages.lib.data.tokens import Tokens
-from stages.lib.run.exits import BadData
+from stages.lib.data.preparation import Batch
 
 PARTS = ("train", "held_out")
 PROMPTS = "prompts.jsonl"
 PROMPTS_KEPT = 64
-FORMAT = "prompt_format.json"
-BATCH = 1000
 
 
 class Writer:
     """Writes the files of a data artifact, a batch of rows at a time."""
 
-    def __init__(self, folder: Path, tokens: Tokens) -> None:
+    def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
-        self.pa = pa
+        self.pa, self.folder = pa, folder
         fields = {
-            "row": pa.int64(),
-            "input_ids": pa.list_(pa.int32()),
-            "trained": pa.list_(pa.bool_()),
-        }
+            "row": pa.int64(), "input_ids": pa.list_(pa.int32()), "trained": pa.list_(pa.bool_()),
+            "source": pa.int32(),
+        }  # fmt: skip
         self.schema = pa.schema(fields)
-        self.folder = folder
-        self.waiting: dict[str, list[Example]] = {part: [] for part in PARTS}
         self.prompts: list[dict[str, Any]] = []
-        golden = conversation.render_prompt(conversation.GOLDEN)
-        recorded = {
-            "chat_format": conversation.GUANACO,
-            "stops": list(conversation.stops()),
-            "golden": {"text": golden, "ids": tokens.encode_prompt(golden)},
-        }
-        (folder / FORMAT).write_text(json.dumps(recorded, indent=1) + "\n")
+        self.stack = contextlib.ExitStack()
+        self.streams = {part: self._open(part) for part in PARTS}
+
+    def _path(self, part: str) -> str:
+        return str(self.folder / f"{part}.arrow")
+
+    def _open(self, part: str) -> Any:
+        return self.stack.enter_context(self.pa.ipc.new_stream(self._path(part), self.schema))
+
+    def write(
+        self,
+        part: str,
+        rows: npt.NDArray[np.int64],
+        source: int,
+        batch: Batch,
+        index: npt.NDArray[np.int64],
+    ) -> None:
+        """Append some pieces of a batch, `index`, which come from the rows of the numbers `rows`."""
+        pa = self.pa
+        bounds = batch.starts.tolist()
+        pieces = [slice(bounds[i], bounds[i + 1]) for i in index.tolist()]
+        starts = pa.array(np.cumsum([0, *(p.stop - p.start for p in pieces)], dtype=np.int32))
+        lists = [
+            pa.ListArray.from_arrays(starts, pa.array(np.concatenate([values[p] for p in pieces])))
+            for values in (batch.ids, batch.learned)
+        ]
+        columns = [pa.array(rows), *lists, pa.array(np.full(len(rows), source, dtype=np.int32))]
+        self.streams[part].write_batch(pa.record_batch(columns, schema=self.schema))
+
+    def ask(self, row: int, prompt: dict[str, Any] | None) -> None:
+        """Keep a held-out question as text, of the first ones."""
+        if prompt and len(self.prompts) < PROMPTS_KEPT:
+            self.prompts.append({"row": row} | prompt)
+
+    def hold_out(self, row: int, prompt: dict[str, Any] | None) -> None:
+        """Move a row from the training part to the held-out part, which is empty."""
+        train = Path(self._path("train"))
+        whole = train.rename(train.with_suffix(".whole"))
+        with self.stack, self.pa.OSFile(str(whole)) as file:
+            self.streams = {part: self._open(part) for part in PARTS}
+            for batch in self.pa.ipc.open_stream(file):
+                moved = np.asarray(batch.column("row")) == row
+                for part, chosen in (("train", ~moved), ("held_out", moved)):
+                    if chosen.any():
+                        self.streams[part].write_batch(batch.filter(self.pa.array(chosen)))
+        whole.unlink()
+        self.ask(row, prompt)
+
+    def close(self) -> None:
+        """End the files."""
+        self.stack.close()
 
     def __enter__(self) -> "Writer":
-        self.stack = contextlib.ExitStack()
-        self.streams = {
-            part: self.stack.enter_context(
-                self.pa.ipc.new_stream(str(self.folder / f"{part}.arrow"), self.schema)
-            )
-            for part in PARTS
-        }
         return self
 
     def __exit__(self, *error: object) -> None:
-        for part in PARTS:
-            self._flush(part)
-        self.stack.close()
+        self.close()
         lines = "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in self.prompts)
         (self.folder / PROMPTS).write_text(lines, encoding="utf-8")
-
-    def write(self, part: str, example: Example) -> None:
-        """Append a row to `train` or `held_out`; the first held-out questions are kept as text too."""
-        self.waiting[part].append(example)
-        if len(self.waiting[part]) == BATCH:
-            self._flush(part)
-        if part == "held_out" and len(self.prompts) < PROMPTS_KEPT and (prompt := example.prompt()):
-            self.prompts.append(prompt)
-
-    def _flush(self, part: str) -> None:
-        rows, self.waiting[part] = self.waiting[part], []
-        if rows:
-            columns = [[e.row for e in rows], [e.ids for e in rows], [e.trained for e in rows]]
-            arrays = [self.pa.array(c, f.type) for c, f in zip(columns, self.schema, strict=True)]
-            self.streams[part].write_batch(self.pa.record_batch(arrays, schema=self.schema))
 
 
 class Part:
@@ -95,9 +108,8 @@ class Part:
         self.rows = Dataset.from_file(str(path)).with_format("numpy")
         table = self.rows.data
         self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
-        self.trained = np.array(
-            [mask.values.true_count for mask in table.column("trained")], dtype=np.int64
-        )
+        masks = table.column("trained").chunks
+        self.trained = np.concatenate([np.empty(0, np.int64), *map(_true_counts, masks)])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -108,24 +120,28 @@ class Part:
         return np.asarray(found["input_ids"], np.int64), np.asarray(found["trained"], bool)
 
 
+def _true_counts(masks: Any) -> npt.NDArray[np.int64]:
+    total = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
+    bounds = np.concatenate([[0], np.cumsum(masks.value_lengths().to_numpy())])
+    return np.asarray(np.diff(total[bounds]), dtype=np.int64)
+
+
 def prompts(folder: Path) -> list[dict[str, Any]]:
-    """The held-out questions of a data artifact: `row`, `question`, `prompt` (rendered) and `reference`."""
+    """The held-out questions of a data artifact: `row`, `question`, `prompt` (rendered), `reference`, and the
+    conversation so far (`messages` and `tools`; see `conversation.loads`)."""
     # Not splitlines, which also cuts at the line separators that a text may hold.
     lines = (folder / PROMPTS).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
 
 
-def check_format(folder: Path, tokens: Tokens) -> dict[str, Any]:
-    """How prompts are rendered, as recorded in a data or adapter artifact.
+def head(folder: Path, count: int) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """The first rows for training: number, token ids and trained mask; `datasets` is not needed for it."""
+    import pyarrow as pa
 
-    Raises:
-        BadData: the golden prompt is now rendered or tokenised otherwise than when the model was trained.
-    """
-    recorded: dict[str, Any] = json.loads((folder / FORMAT).read_text())
-    golden, now = recorded["golden"], conversation.render_prompt(conversation.GOLDEN)
-    if now != golden["text"] or tokens.encode_prompt(now) != golden["ids"]:
-        raise BadData(
-            f"{folder / FORMAT}: prompts are now rendered or tokenised otherwise than in training; "
-            "use the versions in its manifest, or train again"
-        )
-    return recorded
+    with pa.memory_map(str(folder / "train.arrow")) as file:
+        for batch in pa.ipc.open_stream(file):
+            for row in batch.slice(0, count).to_pylist():
+                yield row["row"], row["input_ids"], row["trained"]
+            count -= min(count, len(batch))
+            if not count:
+                return

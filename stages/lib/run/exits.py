@@ -100,7 +100,7 @@ def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
             f"cannot write {where}: {error.strerror}; make room, or choose another RUN_DIR or SCRATCH_DIR"
         )
     if error.errno in (errno.EACCES, errno.EPERM):
-        return NoPermission(
+        return Missing(
             f"cannot read {where}: {error.strerror}; let this user read it, or run as its owner"
         )
     if error.errno in HICCUP:

@@ -18,10 +18,11 @@ from stages.lib.run import preemption, progress
 from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-SECRETS = ("HF_TOKEN",)
+SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # What the libraries and `scratch_parent` read, beside the settings; proxies in both spellings.
 OTHERS = (
     "SCRATCH_DIR", "MAKE_GIVEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
+    "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "PYTHON", "HF_HOME")
@@ -36,12 +37,16 @@ ORIGINS = {
 class Setting(click.Option):
     """A click option that is part of what a run is.
 
-    `identity` is False for what does not change the artifact: where it goes, whether to redo it.
+    `identity` is False for what does not change the artifact: where it goes, whether to redo it. `shown` gives
+    a value as it may be shown and recorded, where it may hold a secret.
     """
 
-    def __init__(self, *args: Any, identity: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, identity: bool = True, shown: Callable[[str], str] = str, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.identity = identity
+        self.shown = shown
 
     @property
     def variable(self) -> str:
@@ -183,17 +188,17 @@ def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
             source = ctx.get_parameter_source(str(option.name))
             value = ctx.params[str(option.name)]
             found[option.variable] = {
-                "value": _plain(value),
+                "value": _plain(option, value),
                 "from": ORIGINS.get(source, "default") if source else "default",
             }
     return dict(sorted(found.items()))
 
 
-def _plain(value: Any) -> Any:
+def _plain(option: Setting, value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, tuple):
         return ",".join(value)
-    return str(value) if isinstance(value, Path) else value
+    return option.shown(str(value)) if isinstance(value, (Path, str)) else value
 
 
 def expected(ctx: click.Context, variable: str, recorded_from: str) -> Any:
@@ -208,7 +213,7 @@ def expected(ctx: click.Context, variable: str, recorded_from: str) -> Any:
         if not said and recorded_from in ("preset", "default"):
             said = (root.default_map or {}).get(name, {}).get(option.name)
         if said and recorded_from != "flag":
-            return _plain(option.type_cast_value(ctx, said))
+            return _plain(option, option.type_cast_value(ctx, said))
     return None
 
 
@@ -221,7 +226,7 @@ def announcement(ctx: click.Context) -> str:
         if isinstance(option, Setting):
             source = ctx.get_parameter_source(str(option.name))
             if source in (click.ParameterSource.COMMANDLINE, click.ParameterSource.ENVIRONMENT):
-                value = str(ctx.params[str(option.name)])
+                value = str(_plain(option, ctx.params[str(option.name)]))
                 value = value if len(value) <= 60 else value[:57] + "..."
                 words.append(f"{option.variable}={value!r} from the {ORIGINS[source]}")
     return "; ".join(words)
@@ -252,6 +257,11 @@ def cache_dir() -> Path:
 def scratch_parent() -> Path:
     """The local folder that holds unfinished work."""
     return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
+
+
+def use_one_thread() -> None:
+    """Keep a worker process from starting threads of its own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _quiet_libraries() -> None:

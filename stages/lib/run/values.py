@@ -41,9 +41,12 @@ class Number(click.ParamType[Any]):
 
 
 class Names(click.ParamType[Any]):
-    """Names with commas between them, as a tuple without repeats."""
+    """Names with commas between them, as a tuple without repeats; `among`: the names that there are."""
 
     name = "names"
+
+    def __init__(self, among: tuple[str, ...] = ()) -> None:
+        self.among = among
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -56,4 +59,7 @@ class Names(click.ParamType[Any]):
             self.fail(
                 f"{value!r} has an empty name; write names with commas between them.", param, ctx
             )
+        for name in names:
+            if self.among and name not in self.among:
+                self.fail(f"{name!r} is none of {', '.join(self.among)}.", param, ctx)
         return names

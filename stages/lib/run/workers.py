@@ -1,0 +1,90 @@
+"""Work shared among processes of this machine: results in order, few of them waiting."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from stages.lib.run import preemption, settings
+from stages.lib.run.exits import TryAgain
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+MOST = 16
+AHEAD = 3  # jobs that wait for each process
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_work: Callable[[Any], Any]
+
+
+def available() -> int:
+    """Processes worth starting: the cores that this one may use, at most MOST."""
+    return min(MOST, len(os.sched_getaffinity(0)))
+
+
+def in_order(
+    work: Callable[[Given], Made], jobs: Iterable[Given], processes: int
+) -> Generator[Made, None, None]:
+    """`work` done for each job, in their order, with a bounded number of jobs under way.
+
+    The processes are forked, so `work` may hold what cannot be sent to another process. Close the iterator to
+    end them.
+
+    Raises:
+        TryAgain: a process was killed.
+    """
+    if processes < 2:
+        for job in jobs:
+            preemption.check()
+            yield work(job)
+        return
+    pool = ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("fork"),
+        initializer=_begin,
+        initargs=(work, os.getpid()),
+    )
+    waiting: deque[Future[Made]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(_do, job))
+            if len(waiting) > AHEAD * processes:
+                preemption.check()
+                yield waiting.popleft().result()
+        while waiting:
+            preemption.check()
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise TryAgain(
+            "a worker process was killed, for want of memory perhaps; run the same command again"
+        ) from error
+    finally:
+        _end(pool)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    started = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in started:
+        process.kill()
+
+
+def _begin(work: Callable[[Any], Any], parent: int) -> None:
+    """What a new process does first: leave signals to its parent, and go when it goes."""
+    global _work
+    _work = work
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before it could be asked
+        os._exit(1)
+    settings.use_one_thread()
+
+
+def _do(job: Any) -> Any:
+    return _work(job)
