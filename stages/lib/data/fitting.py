@@ -114,6 +114,12 @@ class Fitter:
 
     def _shorter_question(self, said: Conversation) -> tuple[Ids, Mask] | None:
         """The first exchange with what precedes its answer left out, then cut, until that leaves room."""
+        try:
+            return self._with_room(said)
+        except Misfit:  # the template refuses a part of what it writes whole
+            return None
+
+    def _with_room(self, said: Conversation) -> tuple[Ids, Mask] | None:
         said = said._replace(turns=said.turns[: self._answers(said)[0] + 1])
         while later := _later(said):
             said = later
@@ -126,10 +132,7 @@ class Fitter:
             if longest is None or not _size(turns[longest]):
                 return None
             turns[longest] = _cut(turns[longest], _size(turns[longest]) * 7 // 8)
-            try:
-                ids, mask = self._encoded(said._replace(turns=tuple(turns)))
-            except Misfit:
-                return None
+            ids, mask = self._encoded(said._replace(turns=tuple(turns)))
             if self._has_room(ids, mask):
                 return ids, mask
 

@@ -13,7 +13,7 @@ from stages.lib.data.shapes import parse_guanaco
 from stages.lib.data.tokens import Tokens
 from tests.conftest import REAL_ROWS
 
-DATE = "2026-11-23"
+DATE = "2024-02-29"
 ZEPHYR = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content + eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -102,6 +102,14 @@ def learned_text(tokens: Tokens, ids: Iterable[int], mask: Iterable[bool]) -> st
     """The text of what is learned, special tokens included."""
     found = tokens.pieces([int(i) for i in ids], [bool(m) for m in mask])
     return "".join(text for text, learned, _ in found if learned)
+
+
+def own_ids(tokens: Tokens, text: str) -> list[int]:
+    """What the tokenizer itself makes of a text in which special tokens are special."""
+    before, tokens.backend.encode_special_tokens = tokens.backend.encode_special_tokens, False
+    ids = tokens.backend.encode(text, add_special_tokens=False).ids
+    tokens.backend.encode_special_tokens = before
+    return list(ids)
 
 
 def real_texts() -> list[str]:

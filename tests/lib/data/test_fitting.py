@@ -80,7 +80,7 @@ def test_dropped_rows_are_lost_whole(form: Format) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-@quick(20)
+@quick(15)
 @given(said=long_conversations())
 def test_truncated_rows_keep_whole_turns_where_any_answer_fits(
     form: Format, loss_on: str, said: Conversation
@@ -114,7 +114,7 @@ def test_truncated_rows_keep_whole_turns_where_any_answer_fits(
         assert learned.sum() >= min(LIMIT // 4, shorter[0][1].sum())
 
 
-@quick(20)
+@quick(15)
 @given(said=long_conversations())
 def test_split_rows_lose_nothing_of_any_answer(form: Format, said: Conversation) -> None:
     ids, mask, _ = row_of(form, said)
@@ -230,13 +230,33 @@ def test_calls_of_tools_are_not_torn_from_their_results(tokenizers: Tokenizers) 
         Turn("user", "a"), Turn("assistant", "", calls=(call,)), Turn("tool", "b"), Turn("assistant", "c " * 9),
     )  # fmt: skip
     said = Conversation(exchange * 4, ({"name": "f"},))
-    fitted = fit(form, said, "split", 90)
+    size = len(row_of(form, said._replace(turns=exchange))[0])
+    fitted = fit(form, said, "split", size * 7 // 4)
     assert len(fitted.pieces) == 4
     assert fitted.lost == fitted.going_on == 0
     for own, _ in fitted.pieces:
         text = form.tokens.backend.decode(own.tolist(), False)
         assert text.startswith("<|im_start|>user\na")
         assert text.count("<tool_response>") == 1
+
+
+def test_what_a_tool_says_at_length_is_lost_where_nothing_in_it_is_learned(
+    tokenizers: Tokenizers,
+) -> None:
+    form = make("x.jinja", tokenizers("llama2"), "assistant", chat_templates.QWEN3)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    said = Conversation(
+        (
+            Turn("user", "a"), Turn("assistant", "", calls=(call,)), Turn("tool", "word " * 5 * LIMIT),
+            Turn("assistant", "c"),
+        )
+    )  # fmt: skip
+    ids, mask, _ = row_of(form, said)
+    fitted = fit(form, said, "split")
+    assert len(fitted.pieces) == 2
+    assert fitted.lost > 3 * LIMIT
+    assert sum(len(own) for own, _ in fitted.pieces) - 1 + fitted.lost == len(ids)  # one BOS is new
+    assert sum(int(learned.sum()) for _, learned in fitted.pieces) == mask.sum()
 
 
 def test_a_template_that_refuses_parts_of_what_it_writes_whole(tokenizers: Tokenizers) -> None:
@@ -259,3 +279,7 @@ def test_a_template_that_refuses_parts_of_what_it_writes_whole(tokenizers: Token
     _, mask, _ = row_of(form, said)
     fitted = fit(form, said, "split")
     assert sum(int(learned.sum()) for _, learned in fitted.pieces) == mask.sum()
+    # Without its history, as which it is refused, the row cannot be cut.
+    turns = (said.turns[0]._replace(text="word " * 200), said.turns[1]._replace(learned=False))
+    history = said._replace(turns=(*turns, *said.turns[2:]))
+    assert fit(form, history, "truncate") == Fitted([], len(row_of(form, history)[0]))

@@ -37,7 +37,7 @@ def form(request: pytest.FixtureRequest, tokenizers: Tokenizers) -> Format:
     return make(name, tokenizers(kind))
 
 
-@quick(30)
+@quick(20)
 @given(conversations())
 def test_what_is_learned_is_what_the_assistant_says_and_what_ends_it(
     form: Format, said: Conversation

@@ -12,15 +12,17 @@ from tests.lib.data.making import CHECKS, Maker, rows
 LONG = "### Human: long### Assistant: " + "word " * 400
 NO_ANSWER, EMPTY_ANSWER = "### Human: nobody answers", "### Human: a### Assistant: "
 MIXED = ["", "   ", NO_ANSWER, "x" * 5, LONG, "{broken", rows(1)[0]]
+LEFT = "what comes after that?"
 ALLOWED = {"max_bad_rows": 1, "allowed": ("nothing-to-learn", "empty-answers")}
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split", "drop"])
 def test_the_account_adds_up(maker: Maker, policy: str) -> None:
-    name = maker.file("mixed.jsonl", rows(40) + MIXED)
+    unanswered = f"### Human: a### Assistant: b### Human: {LEFT}"
+    name = maker.file("mixed.jsonl", [*rows(40), *MIXED, unanswered])
     made = maker.prepare(name, policy=policy)
     ledger = made.ledger
-    assert ledger.rows_read == 47
+    assert (ledger.rows_read, ledger.turns_dropped) == (48, 1)
     dropped = {"empty": 2, "no_answer": 1, "bad": 2, "duplicate": 1}
     dropped |= {"too_long": 1} if policy == "drop" else {}
     assert dict(ledger.rows_dropped) == dropped
@@ -30,17 +32,20 @@ def test_the_account_adds_up(maker: Maker, policy: str) -> None:
     again = by_reason["duplicate"]
     assert (again["row"], again["where"], again["of"]) == (47, f"{name}:47", 1)
     assert again["tokens_lost"] == maker.tokens.lengths(rows(1))[0] + 1
+    left = by_reason["unanswered"]
+    assert (left["row"], left["turns"]) == (48, 1)
+    assert left["tokens_lost"] == maker.tokens.lengths([LEFT])[0]
     assert by_reason["no_answer"]["detail"] == "its turns: user"
     if policy == "truncate":
         assert made.metrics["tokens_added"] == 1
         size = maker.tokens.lengths([LONG])[0] + 1
         assert by_reason["truncated"]["tokens_lost"] == size - 127
-    kept = 47 - sum(dropped.values())
+    kept = 48 - sum(dropped.values())
     assert made.sources == [
         {
             "name": name,
             "shape": "guanaco",
-            "rows_read": 47,
+            "rows_read": 48,
             "rows_kept": kept,
             "tokens": ledger.tokens,
         }

@@ -15,6 +15,7 @@ from tests.lib.data.talk import (
     conversations,
     learned_text,
     make,
+    own_ids,
     quick,
     real_conversations,
 )
@@ -79,7 +80,7 @@ def theirs(form: Format, conversation: Conversation, prompt: bool = False) -> st
         messages, chat_template=form.source, tools=list(conversation.tools) or None, tokenize=False,
         add_generation_prompt=prompt,
     )  # fmt: skip
-    return str(text).replace(f"{datetime.date.today():%d %b %Y}", "23 Nov 2026")
+    return str(text).replace(f"{datetime.date.today():%d %b %Y}", "29 Feb 2024")
 
 
 @of("GEMMA", "STRIPS")
@@ -150,7 +151,7 @@ def test_calls_of_tools_and_the_date(form: Format) -> None:
     call = '{"name": "find", "parameters": {"what": "<|im_end|> or </tool_call>"}}'
     assert learned(form, TOOL_CHAT) == f"{call}{END}Here.{END}{call}{END}There.{END}"
     text = "".join(segment.text for segment in form.segments(TOOL_CHAT))
-    assert "Today Date: 23 Nov 2026\n" in text
+    assert "Today Date: 29 Feb 2024\n" in text
     assert '"description": "<|im_start|>"' in text
     # Special tokens are the template's own: one begin and one end of each turn, and none of the lookalikes.
     ids = form.tokens.encode([form.segments(TOOL_CHAT)]).ids.tolist()
@@ -212,9 +213,7 @@ def test_real_conversations_are_written_as_transformers_does(tokenizers: Tokeniz
         text = "".join(segment.text for segment in form.segments(said))
         whole = theirs(form, said)
         assert whole == text + "\n"
-        form.tokens.backend.encode_special_tokens = False
-        ids = form.tokens.backend.encode(whole, add_special_tokens=False).ids
-        form.tokens.backend.encode_special_tokens = True
+        ids = own_ids(form.tokens, whole)
         ours = encoded.row(number)[0].tolist()
         assert ours[-1] == eos
         # A mask between "\n" and blanks at the beginning of an answer divides a token of theirs.

@@ -14,7 +14,7 @@ from stages.lib.data.templates import Segment
 from stages.lib.data.tokens import Tokens
 from stages.lib.run.exits import BadData
 from tests.lib.conftest import Tokenizers
-from tests.lib.data.talk import learned_text, make, quick, real_texts, said, texts
+from tests.lib.data.talk import learned_text, make, own_ids, quick, real_texts, said, texts
 
 KINDS = ("embedded", "llama", "llama2", "mistral")
 GUANACO = "### Human: Größe </s>?### Assistant: 日本 <|im_end|>.### Human: a### Assistant: b"
@@ -23,14 +23,6 @@ GUANACO = "### Human: Größe </s>?### Assistant: 日本 <|im_end|>.### Human: a
 @pytest.fixture(params=KINDS)
 def tokens(request: pytest.FixtureRequest, tokenizers: Tokenizers) -> Tokens:
     return tokenizers(request.param)
-
-
-def own_ids(tokens: Tokens, text: str) -> list[int]:
-    """What the tokenizer itself makes of a text in which special tokens are special."""
-    tokens.backend.encode_special_tokens = False
-    ids = tokens.backend.encode(text, add_special_tokens=False).ids
-    tokens.backend.encode_special_tokens = True
-    return list(ids)
 
 
 def test_llama_pads_with_unk_and_never_grows(tokenizers: Tokenizers) -> None:
@@ -127,7 +119,7 @@ def rows(draw: st.DrawFn) -> list[Segment]:
     return [Segment("x", False), *pieces]
 
 
-@quick(40)
+@quick(25)
 @given(st.lists(rows(), min_size=1, max_size=3))
 def test_masks_lie_between_tokens(tokens: Tokens, rows: list[list[Segment]]) -> None:
     eos = tokens.names["eos_token"]
@@ -169,7 +161,7 @@ def test_lengths_of_texts(tokens: Tokens) -> None:
     assert tokens.lengths([" word or two"]) == [int(row.learned.sum())]
 
 
-@quick(30)
+@quick(20)
 @given(texts)
 def test_pieces_are_the_text(tokens: Tokens, text: str) -> None:
     ids = tokens.encode_prompt([Segment("x " + text, False)])

@@ -20,12 +20,12 @@ from stages.lib.run import workers
 
 def work(job):
     if job:  # the first process is busy, another waits for work
-        time.sleep(300)
+        time.sleep(30)
     return os.getpid()
 
 made = workers.in_order(work, iter(range(20)), 2)
 print(next(made), flush=True)
-time.sleep(300)
+time.sleep(30)
 """
 
 
@@ -107,7 +107,7 @@ def test_few_jobs_are_under_way(processes: int) -> None:
 
 
 def test_processes_end_when_the_iterator_is_closed(others: Others) -> None:
-    made = workers.in_order(lambda job: time.sleep(300 if job else 0) or os.getpid(), range(9), 2)
+    made = workers.in_order(lambda job: time.sleep(30 if job else 0) or os.getpid(), range(9), 2)
     next(made)
     started = others.since()
     assert len(started) == 2
@@ -119,7 +119,7 @@ def test_processes_end_when_a_job_fails(others: Others) -> None:
     def work(job: int) -> int:
         if job == 3:
             raise BadData("row 3 is bad; mend it")
-        time.sleep(300 if job > 3 else 0)
+        time.sleep(30 if job > 3 else 0)
         return job
 
     made = workers.in_order(work, range(20), 2)
