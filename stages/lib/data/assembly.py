@@ -173,30 +173,32 @@ class Assembly:
         self, row: int, where: str, reading: Reading, outcome: Outcome, own: bool, part: str
     ) -> int:
         """How often a row is written; never, where it repeats one, or its source's weight leaves it out."""
-        known = self._known(outcome, own)
-        if known:
-            leaked = not own and known[0] <= self.own_rows
-            reason = "leaked" if leaked else "duplicate" if known[1] else "near_duplicate"
-            self.ledger.drop(row, where, reason, outcome.tokens, of=known[0])
-            return 0
         times = 1
         if part == "train":
             times = preparation.copies(outcome.digest, self.seed, reading.source.weight)
         if not times:
             self.ledger.drop(row, where, "weight", outcome.tokens)
             return 0
-        if own or self.repeats != "keep":
-            self.seen.add(row, outcome.digest, outcome.mark)
+        known = self._known(row, outcome, own)
+        if known:
+            leaked = not own and known[0] <= self.own_rows
+            reason = "leaked" if leaked else "duplicate" if known[1] else "near_duplicate"
+            self.ledger.drop(row, where, reason, outcome.tokens, of=known[0])
+            return 0
         if part == "train" and not reading.source.held_out:
             candidate = (outcome.place, row, outcome.prompt)
             self.least = min(self.least or candidate, candidate, key=lambda entry: entry[0])
         return times
 
-    def _known(self, outcome: Outcome, own: bool) -> tuple[int, bool] | None:
+    def _known(self, row: int, outcome: Outcome, own: bool) -> tuple[int, bool] | None:
         """The kept row that one repeats. Where repeats are kept, still none of a test split is learned."""
-        if self.repeats == "keep" and (own or not self.own_rows):
+        if self.repeats != "keep":
+            return self.seen.meet(row, outcome.digest, outcome.mark)
+        if own:
+            self.seen.meet(row, outcome.digest, None)
             return None
-        return self.seen.find(outcome.digest, outcome.mark)
+        first = self.seen.find(outcome.digest) if self.own_rows else None
+        return None if first is None else (first, True)
 
     def _write(
         self, reading: Reading, batch: Batch, part: str, pieces: list[tuple[int, int]]

@@ -111,9 +111,9 @@ def with_folded_system(conversation: Conversation) -> Conversation:
 
 
 def with_folded_context(conversation: Conversation) -> Conversation:
-    """The same for a format that knows no context: it stands before what is asked."""
+    """The same for a format that knows no context: it stands behind what is asked."""
     turns = [
-        turn._replace(text=f"{turn.context}\n{turn.text}", context="") if turn.context else turn
+        turn._replace(text=f"{turn.text}\n{turn.context}", context="") if turn.context else turn
         for turn in conversation.turns
     ]
     return conversation._replace(turns=tuple(turns))

@@ -46,26 +46,25 @@ class Seen:
 
             self.near = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True, BANDS, 0)
 
-    def find(self, digest: bytes, mark: Any) -> tuple[int, bool] | None:
-        """The kept row that a row repeats, and whether it is the same to the letter; None: it is new.
+    def find(self, digest: bytes) -> int | None:
+        """The row that was noted with this digest."""
+        found = self.database.execute("SELECT row FROM seen WHERE digest = ?", (digest,)).fetchone()
+        return int(found[0]) if found else None
+
+    def meet(self, row: int, digest: bytes, mark: Any) -> tuple[int, bool] | None:
+        """The noted row that a row repeats, and whether it is the same to the letter; a new one is noted: None.
 
         Args:
             digest: of the conversation. mark: its `signature`, or None.
         """
-        known = self.database.execute("SELECT row FROM seen WHERE digest = ?", (digest,)).fetchone()
-        if known:
-            return int(known[0]), True
         if self.near is not None and mark is not None:
-            like = self.near.get_duplicates(mark)
+            same = self.find(digest)
+            like = self.near.get_duplicates(mark) if same is None else [same]
             if like:
-                return min(map(int, like)), False
-        return None
-
-    def add(self, row: int, digest: bytes, mark: Any) -> None:
-        """Note a row that is kept."""
-        self.database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, row))
-        if self.near is not None and mark is not None:
+                return min(map(int, like)), same is not None
             self.near.add(str(row), mark)
+        added = self.database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, row))
+        return None if added.rowcount else (self.find(digest) or 0, True)
 
     def close(self) -> None:
         """Remove what was noted."""

@@ -163,7 +163,7 @@ class Format:
                 known["chat_format"], known["template"], tokens, known["loss_on"], known["date"]
             )
             same = found.recorded() == known
-        except Misfit:
+        except (Misfit, KeyError):  # an older version recorded less
             same = False
         if not same:
             raise CannotRun(

@@ -234,7 +234,8 @@ def place(digest: bytes, seed: int, purpose: str = "split") -> float:
 
 def copies(digest: bytes, seed: int, weight: float) -> int:
     """How often a row of a source of some weight is learned: 0.5 takes half of the rows, 2 each twice."""
-    return int(weight) + (place(digest, seed, "weight") < weight % 1)
+    part = weight % 1
+    return int(weight) + (part > 0 and place(digest, seed, "weight") < part)
 
 
 def counts(batch: Batch, stops: Sequence[int]) -> tuple[npt.NDArray[np.int64], ...]:

@@ -201,11 +201,7 @@ class Template:
         self, conversation: Conversation, number: int, text: str, prompt: bool
     ) -> tuple[int, int]:
         """Where answer `number` begins and ends in the rendered text of the whole conversation."""
-        head = self.render(conversation, number, prompt=True)
-        if not text.startswith(head):
-            raise Misfit(
-                "the chat template writes what precedes an answer otherwise than the prompt for it"
-            )
+        head = self._head(conversation, number, text, prompt)
         upto = self.render(conversation, number + 1)
         body = self._without_tail(upto)
         if not text.startswith(body) or len(body) < len(head):
@@ -215,15 +211,34 @@ class Template:
         end = re.compile(r"\s*" + self._special.pattern).match(text, len(body))
         return len(head), end.end() if end else len(body)
 
+    def _head(self, conversation: Conversation, number: int, text: str, prompt: bool) -> str:
+        """What precedes an answer: the prompt for it."""
+        if number:
+            head = self.render(conversation, number, prompt=True)
+        else:  # nothing was asked, and templates differ in what they make of nothing
+            head, _ = self._around(conversation, number, prompt)
+        if not text.startswith(head):
+            raise Misfit(
+                "the chat template writes what precedes an answer otherwise than the prompt for it"
+            )
+        return head
+
     def _end(self, conversation: Conversation, number: int, text: str, prompt: bool) -> int:
         """Where an answer ends that the template writes otherwise once more follows: where that begins."""
+        _, rest = self._around(conversation, number, prompt)
+        if not text.endswith(rest):
+            raise Misfit("the chat template does not let one tell where an answer ends")
+        return len(text) - len(rest)
+
+    def _around(self, conversation: Conversation, number: int, prompt: bool) -> tuple[str, str]:
+        """What stands before and behind a turn's text."""
         turns = list(conversation.turns)
         turns[number] = turns[number]._replace(text=OPEN + CLOSE, calls=())
         changed = self.render(conversation._replace(turns=tuple(turns)), prompt=prompt)
-        _, mark, rest = changed.partition(OPEN + CLOSE)
-        if not mark or not text.endswith(rest):
-            raise Misfit("the chat template does not let one tell where an answer ends")
-        return len(text) - len(rest)
+        before, mark, behind = changed.partition(OPEN + CLOSE)
+        if not mark:
+            raise Misfit(f"the chat template leaves out what a {turns[number].role} turn says")
+        return before, behind
 
     def _split(self, text: str, learned: bool) -> list[Segment]:
         """Text with its special tokens apart."""

@@ -1,6 +1,7 @@
 """Work shared among processes of this machine: results in order, few of them waiting."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,7 @@ def in_order(
             preemption.check()
             yield work(job)
         return
+    gc.freeze()  # a collection would touch, and so copy, every page that the processes share
     pool = ProcessPoolExecutor(
         processes,
         multiprocessing.get_context("fork"),
