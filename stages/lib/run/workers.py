@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,8 +24,8 @@ _work: Callable[[Any], Any]
 
 
 def available() -> int:
-    """Processes worth starting: the cores that this one may use, at most MOST."""
-    return min(MOST, len(os.sched_getaffinity(0)))
+    """Processes worth starting: as many as cores, at most MOST; one where forking is not safe."""
+    return min(MOST, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
 
 
 def in_order(
