@@ -157,9 +157,13 @@ class Assembly:
                 written[part] += [(row, n) for n in range(first, position)] * times
                 self.by_source[reading.number]["rows_kept"] += 1
         self.by_source[reading.number]["rows_read"] += len(rows)
+        tokens, learned, ended = preparation.counts(batch, self.prepare.format.stops.ids)
         for part, pieces in written.items():
             if pieces:
-                self._write(reading, batch, part, pieces)
+                numbers, index = np.array(pieces, dtype=np.int64).T
+                self.ledger.write(tokens[index], learned[index], ended[index])
+                self.by_source[reading.number]["tokens"] += int(tokens[index].sum())
+                self.writer.write(part, numbers, reading.number, batch, index)
 
     def _part(self, reading: Reading, outcome: Outcome, own: bool) -> str:
         """On which side a row is: by a hash of its conversation, so that it stays there when others come."""
@@ -199,12 +203,3 @@ class Assembly:
             return None
         first = self.seen.find(outcome.digest) if self.own_rows else None
         return None if first is None else (first, True)
-
-    def _write(
-        self, reading: Reading, batch: Batch, part: str, pieces: list[tuple[int, int]]
-    ) -> None:
-        rows, index = np.array(pieces, dtype=np.int64).T
-        tokens, learned, ended = preparation.counts(batch, self.prepare.format.stops.ids)
-        self.ledger.write(tokens[index], learned[index], ended[index])
-        self.by_source[reading.number]["tokens"] += int(tokens[index].sum())
-        self.writer.write(part, rows, reading.number, batch, index)

@@ -120,7 +120,7 @@ def with_folded_context(conversation: Conversation) -> Conversation:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded at all; a shell may pass any byte."""
+    """Whether a text can be encoded at all; JSON may hold half a character, a shell any byte."""
     try:
         text.encode()
     except UnicodeEncodeError:

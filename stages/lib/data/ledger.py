@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
@@ -19,12 +18,6 @@ Ints = npt.NDArray[np.int64]
 FILE, REJECTS = "ledger.jsonl", "rejects.jsonl"
 SHOWN = 20
 QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
-# Checks that end the stage unless they are named in ALLOW, with what each means.
-CHECKS = {
-    "nothing-to-learn": "rows without a trainable token are dropped",
-    "empty-answers": "more than 1 % of the answers may be empty",
-    "unended": "more than 1 % of the rows may end without a trained EOS",
-}
 UNTRAINABLE = ("no_answer", "nothing_to_learn")
 
 
@@ -67,12 +60,7 @@ class Ledger:
         self._rejects: TextIO = (self.folder / REJECTS).open("w", encoding="utf-8")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lines.close()
         self._rejects.close()
 

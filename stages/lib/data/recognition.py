@@ -11,6 +11,7 @@ BESIDE = {"system", "system_prompt", "history", "tools"}  # columns that convers
 # Column that decides it, and the shapes that it may mean.
 LISTS = {"messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
 PLAIN = ("text", "content")
+CHATS = {("messages", "sharegpt"), ("sharegpt", "messages")}  # read alike
 
 
 def _candidates(columns: Sequence[str], texts: Sequence[str]) -> list[Shape]:
@@ -67,9 +68,6 @@ def unread(rows: Sequence[dict[str, Any]], shape: Shape) -> list[str]:
     read = {*shape.columns} | (set() if shape.name in ("guanaco", "text") else BESIDE)
     columns = dict.fromkeys(str(key) for row in rows for key in row)
     return [column for column in columns if column not in read]
-
-
-CHATS = {("messages", "sharegpt"), ("sharegpt", "messages")}
 
 
 def _nearest(columns: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from stages.lib.data.conversation import is_unicode
+
 ROW_LIMIT = 16 << 20  # bytes
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 512
@@ -80,17 +82,9 @@ def problem_of(data: dict[str, Any]) -> str | None:
             size += len(text)
             if "\0" in text:
                 return f"a NUL character in {name!a}"
-            if not text.isascii() and not _is_unicode(text):
+            if not text.isascii() and not is_unicode(text):
                 return f"half a character (a lone surrogate) in {name!a}"
     return TOO_LONG if size > ROW_LIMIT else None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -116,12 +116,12 @@ class Template:
 
     def _whole(self, conversation: Conversation, prompt: bool) -> str:
         text = self.render(conversation, prompt=prompt)
-        return text if prompt else self._cut_tail(text)[0]
+        return text if prompt else self._cut_tail(text)
 
-    def _cut_tail(self, text: str) -> tuple[str, bool]:
-        """A text to the end of its last special token, if only blanks follow; and whether there is one."""
+    def _cut_tail(self, text: str) -> str:
+        """A text to the end of its last special token, if only blanks follow."""
         bare = text.rstrip()
-        return (bare, True) if bare.endswith(self._words) else (text, False)
+        return bare if bare.endswith(self._words) else text
 
     def _without_tail(self, text: str) -> str:
         """A text to the last thing in it that is neither blank nor a special token."""
@@ -184,7 +184,7 @@ class Template:
             if turn.role == "assistant":
                 answers.append((*self._answer(conversation, number, text, prompt), turn.learned))
         if not prompt:
-            text, _ = self._cut_tail(text)
+            text = self._cut_tail(text)
         found: list[Segment] = []
         position = 0
         for start, end, learned in answers:
