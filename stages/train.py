@@ -19,8 +19,9 @@ from stages.lib.run.values import Names, Number
 @options.base_model
 @options.base_revision
 @setting(
-    "--base-precision", "BASE_PRECISION", type=click.Choice(["nf4", "int8", "bf16", "fp32"]), default="nf4",
-    help="How the frozen base is held; nf4 is 4 bit, double quantised, computing in bf16.",
+    "--base-precision", "BASE_PRECISION", default="nf4",
+    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32"]),
+    help="How the frozen base is held: nf4 is 4 bit, double quantised, computing in bf16; fp8 computes in 8.",
 )  # fmt: skip
 @setting("--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter.")
 @setting(
@@ -116,6 +117,7 @@ def train(
     from stages.lib.report.table import table
     from stages.lib.run import checkpoints
     from stages.lib.run.artifact import sha256
+    from stages.lib.run.progress import say
 
     run = Run(ctx)
     data = run.read("data")
@@ -137,9 +139,12 @@ def train(
         longest = int(rows.lengths.max())
         bins.check_sizes(batch_tokens, micro_batch_tokens, longest)
 
+        import numpy as np
+
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, history, load, memory, training
+        from stages.lib.model.quick import Quick
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
@@ -151,11 +156,15 @@ def train(
             tuned = adapter.continued(model, init_adapter, base, rank, alpha, dropout, targets)
         else:
             tuned = adapter.attach(model, base, rank, alpha, dropout, targets, seed)
-        size, recomputed = memory.fit(tuned, base_precision, choices)
+        quick = Quick(tuned, base_precision, memory.unpacks(tuned, base_precision))
+        for remark in quick.remarks:
+            say(remark)
+        lengths = np.concatenate([rows.lengths, held_out.lengths])
+        size, recomputed = memory.fit(quick, lengths, choices)
         plan = bins.Schedule(rows.lengths, size, batch_tokens // size, epochs, max_steps, seed)
         facts = {"bin_tokens": size, "recompute": recomputed}
         speed = training.train(
-            tuned, plan, rows, held_out, base_precision, scratch, recipe | {"seed": seed},
+            quick, plan, rows, held_out, quick.shape(lengths, size), scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
         )  # fmt: skip

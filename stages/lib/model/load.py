@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from stages.lib.model import fp8
 from stages.lib.model.base import Base
 from stages.lib.run.exits import BadData, CannotRun
 
@@ -36,7 +37,7 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
 
     Args:
         base: fetched with its weights.
-        precision: `nf4` (4 bit, double quantised, bf16 compute), `int8`, `bf16` or `fp32`.
+        precision: `nf4` (4 bit, double quantised, bf16 compute), `fp8`, `int8`, `bf16` or `fp32`.
         place: where; the GPU if there is one, unless told.
 
     Raises:
@@ -57,6 +58,13 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             f"{torch.cuda.get_device_name(place)} has no bf16, which BASE_PRECISION={precision} computes in; "
             "use an Ampere GPU or newer, or BASE_PRECISION=fp32"
         )
+    if place.type == "cuda" and precision == "fp8":
+        found = torch.cuda.get_device_capability(place)
+        if found < fp8.CAPABILITY:
+            raise CannotRun(
+                f"{torch.cuda.get_device_name(place)} has no FP8 products (compute capability "
+                f"{found[0]}.{found[1]}, 8.9 is the first); use an Ada or Hopper GPU, or BASE_PRECISION=nf4"
+            )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -91,6 +99,8 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             # bf16, and training goes on from another base than it began with.
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
+    if precision == "fp8":
+        fp8.convert(model)
     model.config.use_cache = False  # a cache would hide that rows are packed
     return model.eval()
 

@@ -1,6 +1,7 @@
 """From rows to a loss: rows laid end to end in one bin, each blind to the others."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from stages.lib.model import load
 from stages.lib.run import preemption
 
+QUICK_INPUTS = (
+    "input_ids", "position_ids", "kept", "targets", "bounds", "longest", "uniform",
+)  # fmt: skip
 Row = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
@@ -40,32 +44,66 @@ class Plan(Protocol):
     def step(self, number: int) -> range: ...
 
 
-def lay_out(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """A bin as the model takes it; nothing is padded.
+@dataclass(frozen=True)
+class Shape:
+    """What is the same for all bins of a run, so that what was compiled for one fits all.
 
     Args:
-        rows: token ids [tokens] and trained mask [tokens] of each row.
+        longest: tokens of the longest row. uniform: all rows have that length, and a bin is a multiple of it.
+        tokens: of a bin: rows that nobody learns from fill it up; None leaves it as it is.
+    """
+
+    longest: int
+    uniform: bool = False
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, lengths: npt.NDArray[np.int64], tokens: int) -> "Shape":
+        """Of rows with these lengths [rows] in bins of so many tokens."""
+        longest = int(lengths.max())
+        return cls(longest, bool((lengths == longest).all()) and tokens % longest == 0, tokens)
+
+
+def lay_out(rows: Sequence[Row], shape: Shape | None = None) -> dict[str, Any]:
+    """A bin as the model takes it.
+
+    Args:
+        rows: token ids [tokens] and trained mask [tokens] of each row. shape: for a quick model.
 
     Returns:
         `input_ids` [1, T]; `position_ids` [1, T], beginning anew with each row, by which attention keeps the
-        rows apart; `kept` [N], the positions whose next token is learned; `targets` [N], those tokens.
+        rows apart; `kept` [N], the positions whose next token is learned; `targets` [N], those tokens. With
+        a shape also `bounds`, int32 [rows + 1], where rows begin, and T at the end, and its `longest` and
+        `uniform`.
     """
-    lengths = [len(ids) for ids, _ in rows]
+    rows = list(rows)
+    if shape and shape.tokens:
+        free = shape.tokens - sum(len(ids) for ids, _ in rows)
+        while free > 0:
+            length = min(free, shape.longest)
+            rows.append((np.zeros(length, np.int64), np.zeros(length, bool)))
+            free -= length
+    bounds = np.cumsum([0, *(len(ids) for ids, _ in rows)])
     ids = np.concatenate([ids for ids, _ in rows])
     trained = np.concatenate([mask for _, mask in rows])
-    starts = np.cumsum([0, *lengths[:-1]])
-    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], np.diff(bounds))
     learned = np.flatnonzero(trained & (positions > 0))  # a row's first token follows nothing
-    return {
+    batch = {
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "kept": torch.from_numpy(learned - 1),
         "targets": torch.from_numpy(ids[learned]),
     }
+    if shape:
+        batch["bounds"] = torch.from_numpy(bounds.astype(np.int32))
+        return batch | {"longest": shape.longest, "uniform": shape.uniform}
+    return batch
 
 
-def nll_sum(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed negative log-likelihood of a bin's targets, in nats, fp32; logits exist for them alone."""
+def nll_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Summed negative log-likelihood of a bin's targets, in nats, fp32; logits exist for them at most."""
+    if "bounds" in batch:  # laid out for a quick model, whose forward pass ends in the loss
+        return torch.as_tensor(model(**{name: batch[name] for name in QUICK_INPUTS}))
     logits = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -75,16 +113,22 @@ def nll_sum(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
 
 
+def to(batch: dict[str, Any], place: torch.device) -> dict[str, Any]:
+    """A batch on a device."""
+    return {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 @torch.no_grad()
 def mean_nll(
     model: Any,
     precision: str,
     bins: Iterable[Sequence[Row]],
     after_bin: Callable[[int], None] = lambda tokens: None,
+    shape: Shape | None = None,
 ) -> float:
     """Mean negative log-likelihood of a learned token over bins of rows, in nats; only sums are kept.
 
-    `after_bin` is told how many tokens each bin had.
+    `after_bin` is told how many tokens each bin had; `shape` is for a quick model.
     """
     was_training = model.training
     model.eval()
@@ -93,7 +137,7 @@ def mean_nll(
     place = load.device()
     for rows in bins:
         preemption.check()
-        batch = {name: tensor.to(place) for name, tensor in lay_out(rows).items()}
+        batch = to(lay_out(rows, shape), place)
         if len(batch["targets"]):
             with load.compute(precision):
                 total += nll_sum(model, batch).double().cpu()

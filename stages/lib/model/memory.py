@@ -3,10 +3,12 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from stages.lib.model import load
-from stages.lib.model.loss import lay_out, nll_sum
+from stages.lib.model.loss import Shape, lay_out, nll_sum, to
+from stages.lib.model.quick import Quick
 from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
 
@@ -38,16 +40,27 @@ def candidates(
     }[recompute]
 
 
-def fit(tuned: Any, precision: str, choices: list[tuple[int, bool]]) -> tuple[int, bool]:
+def unpacks(tuned: Any, precision: str) -> bool:
+    """Whether an NF4 base is dequantised for good: where its bf16 form takes a quarter of what is free."""
+    if precision != "nf4" or not torch.cuda.is_available():
+        return False
+    sizes = [p.numel() for p in tuned.parameters() if not p.requires_grad]
+    return 4 * 2 * 2 * sum(sizes) < torch.cuda.mem_get_info()[0]
+
+
+def fit(
+    quick: Quick, lengths: npt.NDArray[np.int64], choices: list[tuple[int, bool]]
+) -> tuple[int, bool]:
     """The first choice whose full bin passes forward and backward on this GPU; on the CPU the first.
+
+    The model is left as that choice wants it. `lengths`: tokens of all rows that it will see, [rows].
 
     Raises:
         OutOfMemory: none does.
     """
     for size, again in choices:
-        if again:
-            load.recompute(tuned)
-        if not torch.cuda.is_available() or _passes(tuned, precision, size):
+        quick.arrange(again)
+        if not torch.cuda.is_available() or _passes(quick, quick.shape(lengths, size), size):
             return size, again
         say(f"a bin of {size} tokens{' with recompute' if again else ''} does not fit this GPU")
     raise OutOfMemory(
@@ -56,21 +69,23 @@ def fit(tuned: Any, precision: str, choices: list[tuple[int, bool]]) -> tuple[in
     )
 
 
-def _passes(tuned: Any, precision: str, size: int) -> bool:
-    """Whether a full bin of two rows fits, beside gradients that are held and the optimizer's state.
+def _passes(quick: Quick, shape: Shape | None, size: int) -> bool:
+    """Whether a full bin fits, beside gradients that are held and the optimizer's state.
 
-    Two rows, because they need a mask that one row does not; twice, as in an accumulation.
+    Of at least two rows, because they need a mask that one row does not; twice, as in an accumulation.
     """
+    tuned = quick.tuned
+    length = min(shape.longest if shape else size, -(-size // 2))
     ids = np.arange(size, dtype=np.int64) % tuned.config.vocab_size
-    rows = [(part, np.ones(len(part), bool)) for part in np.split(ids, [size // 2])]
-    batch = {name: t.to(load.device()) for name, t in lay_out(rows).items()}
+    parts = np.split(ids, range(length, size, length))
+    batch = to(lay_out([(part, np.ones(len(part), bool)) for part in parts], shape), load.device())
     tuned.train()
     loss = state = None
     try:
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         state = torch.empty(2 * trained, dtype=torch.float32, device=load.device())
         for _ in range(2):
-            with load.compute(precision):
+            with load.compute(quick.precision):
                 loss = nll_sum(tuned, batch)
             loss.backward()
         return True

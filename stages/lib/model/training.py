@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from stages.lib.model import adapter, history, load
-from stages.lib.model.loss import Plan, Rows, held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.model.quick import Quick
 from stages.lib.run import preemption
 from stages.lib.run.exits import Diverged, TryAgain
 from stages.lib.run.progress import Progress
@@ -27,14 +28,15 @@ from stages.lib.run.progress import Progress
 EVALUATIONS = 4
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
 EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
+WARM_STEPS = 2  # of an attempt, in which the compiler and the allocator are still at work
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 
 
 class Bins(torch.utils.data.Dataset[dict[str, Any]]):
     """The run's bins as batches; each knows its step, its place there, and the step's learned tokens."""
 
-    def __init__(self, plan: Plan, rows: Rows) -> None:
-        self.plan, self.rows = plan, rows
+    def __init__(self, plan: Plan, rows: Rows, shape: Shape | None) -> None:
+        self.plan, self.rows, self.shape = plan, rows, shape
         self._step_tokens: tuple[int, int] = (-1, 0)
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, self.plan.bins_per_step)
-        batch: dict[str, Any] = dict(lay_out([self.rows[row] for row in self.plan.rows(number)]))
+        batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
         return batch | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
 
     def _tokens(self, step: int) -> int:
@@ -66,16 +68,15 @@ class LoraTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        quick: Quick,
         arguments: TrainingArguments,
         bins: Bins,
         held_out: Rows,
-        precision: str,
         rate: Callable[[int, int], float],
     ) -> None:
         # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
-        super().__init__(model=model, args=arguments, compute_loss_func=nll_sum)
-        self.bins, self.held_out, self.precision, self.rate = bins, held_out, precision, rate
+        super().__init__(model=quick.tuned, args=arguments, compute_loss_func=nll_sum)
+        self.quick, self.bins, self.held_out, self.rate = quick, bins, held_out, rate
 
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin."""
@@ -96,7 +97,9 @@ class LoraTrainer(Trainer):
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         preemption.check()
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
-        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
+        torch.manual_seed(seed)  # for a base that has dropout of its own
+        self.quick.seed.fill_(seed % 2**31)
         return nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
 
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
@@ -104,7 +107,8 @@ class LoraTrainer(Trainer):
         share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
         limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
         bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
-        loss = mean_nll(self.model, self.precision, ([self.held_out[r] for r in b] for b in bins))
+        rows = ([self.held_out[row] for row in b] for b in bins)
+        loss = mean_nll(self.model, self.quick.precision, rows, shape=self.bins.shape)
         self.log({"eval_loss": loss})
         return {"eval_loss": loss}
 
@@ -171,7 +175,7 @@ class Conduct(TrainerCallback):
         }
         self.held_out_loss: dict[int, float] = {}
         self.saved_step = 0
-        self.tokens, self.seconds = 0, 0.0
+        self.steps, self.tokens, self.seconds, self.warming = 0, 0, 0.0, 0.0
         self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
         self.began = time.monotonic()  # the step that is running
 
@@ -196,8 +200,11 @@ class Conduct(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
-        self.tokens += self.bins.tokens(step - 1)
         now = time.monotonic()
+        self.steps += 1
+        if self.steps == WARM_STEPS + 1:
+            self.warming, self.tokens, self.seconds = self.seconds, 0, 0.0
+        self.tokens += self.bins.tokens(step - 1)
         self.seconds, self.began = self.seconds + now - self.began, now
         if step in self.evaluate_at:
             control.should_evaluate = self.evaluates
@@ -248,11 +255,11 @@ class Conduct(TrainerCallback):
 
 
 def train(
-    tuned: Any,
+    quick: Quick,
     plan: Plan,
     rows: Rows,
     held_out: Rows,
-    precision: str,
+    shape: Shape | None,
     scratch: Path,
     recipe: dict[str, Any],
     *,
@@ -262,13 +269,13 @@ def train(
     """Run all steps of a plan, from the beginning or from a checkpoint.
 
     Args:
-        scratch: local folder for unfinished checkpoints.
+        shape: of the bins, as `quick` wants it. scratch: local folder for unfinished checkpoints.
         recipe: seed, learning_rate, schedule, warmup, max_grad_norm, weight_decay, optimizer.
         resume: a local copy of a checkpoint.
         saved: told of every checkpoint: its folder, its step, and its held-out loss in nats, if measured.
 
     Returns:
-        What this attempt measured: speed over its own steps.
+        What this attempt measured: speed over its own steps, but for the first two, if there were more.
 
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
@@ -276,10 +283,10 @@ def train(
     done = history.steps_done(resume) if resume else 0
     if done >= plan.steps:
         return {}  # Trainer would take one more step
-    bins = Bins(plan, rows)
+    bins = Bins(plan, rows, shape)
     rate = functools.partial(learning_rate, recipe["schedule"], recipe["warmup"])
-    given = arguments(scratch, plan, precision, **recipe)
-    trainer = LoraTrainer(tuned, given, bins, held_out, precision, rate)
+    given = arguments(scratch, plan, quick.precision, **recipe)
+    trainer = LoraTrainer(quick, given, bins, held_out, rate)
     trainer.remove_callback(PrinterCallback)
     with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
         conduct = Conduct(bins, len(held_out) > 0, saved, progress)
@@ -289,10 +296,10 @@ def train(
         except TryAgain:
             step = trainer.state.global_step
             if step > conduct.saved_step and not conduct.owes_evaluation(step):
-                trainer._save_checkpoint(tuned, None)
+                trainer._save_checkpoint(quick.tuned, None)
                 conduct.on_save(trainer.args, trainer.state, trainer.control)
             raise
     return {
         "tokens_per_second": round(conduct.tokens / max(conduct.seconds, 1e-9), 1),
-        "train_seconds": round(conduct.seconds, 3),
+        "train_seconds": round(conduct.warming + conduct.seconds, 3),
     }

@@ -13,6 +13,7 @@ import torch
 from stages.lib.data.bins import Schedule
 from stages.lib.model import load, training
 from stages.lib.model.loss import held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.model.quick import Quick
 from stages.lib.run import preemption
 from stages.lib.run.exits import Diverged, TryAgain
 
@@ -41,16 +42,11 @@ def run(
     resume, saved = changed.pop("resume", None), changed.pop("saved", lambda *_: None)
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
     held_out = type(rows)(rows.rows[:2])
+    quick = Quick(tuned, precision)
+    quick.arrange(False)
+    shape = quick.shape(rows.lengths, capacity)
     training.train(
-        tuned,
-        plan,
-        rows,
-        held_out,
-        precision,
-        scratch,
-        RECIPE | changed,
-        resume=resume,
-        saved=saved,
+        quick, plan, rows, held_out, shape, scratch, RECIPE | changed, resume=resume, saved=saved
     )
     return weights(tuned)
 

@@ -1,0 +1,120 @@
+"""4-bit projections by bitsandbytes' kernels: the weight is dequantised for each product, and kept by nobody.
+
+Each product is one operation that the compiler does not look into, else it would merge the dequantised weight
+of the forward and of the backward product into one, and hold it in between for all layers.
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Stored = list[torch.Tensor]
+STORED = 5
+
+
+def stored(layer: Any) -> Stored:
+    """What a double quantised Linear4bit holds: packed weight, block scales, their scales, code, offset."""
+    state = layer.weight.quant_state
+    inner = state.state2
+    return [layer.weight.data, state.absmax, inner.absmax, inner.code, state.offset]
+
+
+def dequantise(
+    kept: Stored, rows: int, block: int, inner_block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight [rows, columns], as bitsandbytes computes it.
+
+    Args:
+        kept: see `stored`. block, inner_block: elements of a block of the weight, and of its scales.
+    """
+    packed, scales, inner, code, offset = kept
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        scales, inner, code, inner_block, torch.float32
+    )
+    shape = [rows, packed.numel() * 2 // rows]
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax + offset, block, "nf4", shape, dtype
+    )
+
+
+@torch.library.custom_op("lora_stages::nf4_product", mutates_args=())
+def nf4_product(
+    x: torch.Tensor, kept: list[torch.Tensor], rows: int, block: int, inner_block: int
+) -> torch.Tensor:
+    """x [..., in] @ W.T, [..., rows]."""
+    return F.linear(x, dequantise(kept, rows, block, inner_block, x.dtype))
+
+
+@torch.library.custom_op("lora_stages::nf4_gradient", mutates_args=())
+def nf4_gradient(
+    upstream: torch.Tensor, kept: list[torch.Tensor], rows: int, block: int, inner_block: int
+) -> torch.Tensor:
+    """upstream [..., rows] @ W, [..., in]."""
+    return upstream @ dequantise(kept, rows, block, inner_block, upstream.dtype)
+
+
+@nf4_product.register_fake
+def _(x: Any, kept: Any, rows: int, block: int, inner_block: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@nf4_gradient.register_fake
+def _(upstream: Any, kept: Any, rows: int, block: int, inner_block: int) -> torch.Tensor:
+    return upstream.new_empty(*upstream.shape[:-1], kept[0].numel() * 2 // rows)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _, kept, ctx.rows, ctx.block, ctx.inner_block = inputs
+    ctx.save_for_backward(*kept)
+
+
+def _backward(ctx: Any, upstream: torch.Tensor) -> Any:
+    of_x = nf4_gradient(upstream, list(ctx.saved_tensors), ctx.rows, ctx.block, ctx.inner_block)
+    return of_x, [None] * len(ctx.saved_tensors), None, None, None
+
+
+nf4_product.register_autograd(_backward, setup_context=_setup)
+
+
+def lighten(model: Any) -> None:
+    """Give every double quantised NF4 projection of a model the product of this module."""
+    import bitsandbytes as bnb
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.nested:
+            for place, tensor in enumerate(stored(layer)):
+                layer.register_buffer(f"stored{place}", tensor, persistent=False)
+            state = layer.weight.quant_state
+            layer.blocks = (state.blocksize, state.state2.blocksize)
+            layer.forward = types.MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    kept = [getattr(layer, f"stored{place}") for place in range(STORED)]
+    y = nf4_product(x, kept, layer.out_features, *layer.blocks)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def unpack(model: Any) -> None:
+    """Dequantise every NF4 projection of a model once and for all: the same numbers, four times the memory."""
+    import bitsandbytes as bnb
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.nested:
+            state = layer.weight.quant_state
+            weight = dequantise(
+                stored(layer),
+                layer.out_features,
+                state.blocksize,
+                state.state2.blocksize,
+                state.dtype,
+            )
+            layer.register_buffer("unpacked", weight, persistent=False)
+            layer.forward = types.MethodType(_plain, layer)
+
+
+def _plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.unpacked.to(x.dtype), bias)

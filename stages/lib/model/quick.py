@@ -1,0 +1,166 @@
+"""A tuned model made quick for training: fast where that is known to compute the same, plain elsewhere."""
+
+import functools
+import types
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+
+from stages.lib.model import attention, cross_entropy, load, lora, nf4, projections
+from stages.lib.model.loss import Shape, lay_out, nll_sum, to
+
+# Decoders whose attention is a causal softmax and nothing beyond it, and whose layers have Llama's names.
+KNOWN = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "smollm3", "olmo2", "granite",
+}  # fmt: skip
+PROBE = (40, 24)  # tokens of the rows on which quick and plain are compared
+CLOSE = (
+    1e-3,
+    2e-2,
+)  # of the mean loss in nats, in fp32 and in bf16: a wrong mask or a missing factor is far off
+LOUD = 1000.0
+
+
+class Quick:
+    """How a tuned model was made quick.
+
+    Args:
+        tuned: with its adapter attached. precision: of its base.
+        unpacked: dequantise NF4 once, not at every product.
+
+    Attributes:
+        remarks: what stays plain, and why; a sentence each.
+        seed: of the adapter's dropout, int32 scalar on the device, to be set for each bin.
+    """
+
+    def __init__(self, tuned: Any, precision: str, unpacked: bool = False) -> None:
+        self.tuned, self.precision = tuned, precision
+        self.remarks: list[str] = []
+        self.causal = tuned.get_base_model()
+        self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
+        self.packed = self._pack()
+        self.layers: list[tuple[Any, Any]] = []
+        if self.packed:
+            lora.lighten(tuned, self.seed)
+            if precision == "fp8":
+                projections.gather(self.causal)
+                projections.fuse_mlps(self.causal)
+            elif precision == "nf4":
+                (nf4.unpack if unpacked else nf4.lighten)(self.causal)
+            self.layers = [(layer, layer.forward) for layer in self.causal.model.layers]
+
+    def shape(self, lengths: Any, tokens: int) -> Shape | None:
+        """How bins of `tokens` with rows of these lengths [rows] are laid out."""
+        if not self.packed:
+            return None
+        found = Shape.of(lengths, tokens)
+        return found if self.compiles else Shape(found.longest)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled: on the GPU, where they are known and keep to one shape."""
+        return self.packed and load.device().type == "cuda" and self.precision != "int8"
+
+    def _pack(self) -> bool:
+        """Switch to packed attention and a loss without logits, if both give what plain ones give."""
+        kind = self.causal.config.model_type
+        if kind not in KNOWN:
+            self.remarks.append(
+                f"{kind} is not a decoder known here: it trains as transformers has it"
+            )
+            return False
+        rows = [(np.arange(3, 3 + n, dtype=np.int64), np.ones(n, bool)) for n in PROBE]
+        place = self.causal.device
+        was_training = self.tuned.training
+        self.tuned.eval()
+        with torch.no_grad(), load.compute(self.precision):
+            if not _head_is_all(self.causal, to(lay_out(rows), place)):
+                self.remarks.append(
+                    f"the head of {kind} is more than a product: its logits are built whole"
+                )
+                return False
+            plain = nll_sum(self.causal, to(lay_out(rows), place))
+            before = self.causal.config._attn_implementation
+            attention.register()
+            self.causal.config._attn_implementation = attention.NAME
+            piece = cross_entropy.piece
+            if place.type == "cuda":
+                piece = torch.compile(piece, dynamic=True)
+            original = self.causal.forward
+            self.causal.forward = types.MethodType(
+                functools.partial(_forward, original, piece), self.causal
+            )
+            quick = nll_sum(self.causal, to(lay_out(rows, Shape(max(PROBE))), place))
+        self.tuned.train(was_training)
+        off = float(quick - plain).__abs__() / (sum(PROBE) - len(PROBE))
+        if not off <= CLOSE[self.precision != "fp32"]:
+            self.causal.config._attn_implementation, self.causal.forward = before, original
+            self.remarks.append(
+                f"packed attention is {off:.2g} nats off for {kind}: it trains as transformers has it"
+            )
+            return False
+        _let_gradients_in(self.causal)
+        return True
+
+    def arrange(self, recompute: bool) -> None:
+        """Compile the layers, where that pays, and keep their activations or compute them again."""
+        if not self.packed:
+            if recompute:
+                load.recompute(self.tuned)
+            return
+        for layer, plain in self.layers:
+            step = torch.compile(plain, fullgraph=True, dynamic=False) if self.compiles else plain
+            layer.forward = functools.partial(_again, layer, step) if recompute else step
+
+
+def _again(layer: Any, step: Any, hidden: torch.Tensor, **options: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return step(hidden, **options)
+    return torch.utils.checkpoint.checkpoint(step, hidden, use_reentrant=False, **options)
+
+
+def _forward(
+    original: Any, piece: Any, causal: Any, input_ids: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None, targets: torch.Tensor | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """The summed loss of a bin that was laid out with a shape; anything else goes the model's own way."""
+    if targets is None:
+        return original(input_ids=input_ids, **options)
+    if options["bounds"].is_cuda:
+        torch._dynamo.mark_dynamic(options["bounds"], 0)
+    hidden = causal.model(input_ids=input_ids, use_cache=False, **options).last_hidden_state[0]
+    head = causal.get_output_embeddings()
+    return cross_entropy.NllSum.apply(
+        hidden.index_select(0, kept), head.weight, head.bias, targets, piece
+    )
+
+
+def _head_is_all(causal: Any, batch: dict[str, Any]) -> bool:
+    """Whether logits are the head of the last hidden state: no scale, no cap, nothing between."""
+    head = causal.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or not hasattr(causal, "model"):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def louder(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        seen[:] = [inputs[0], output * LOUD]
+        return seen[1]
+
+    hook = head.register_forward_hook(louder)
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    logits = causal(input_ids=ids, position_ids=positions, use_cache=False).logits
+    hook.remove()
+    inner = causal.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    return torch.equal(logits, seen[1]) and torch.equal(inner, seen[0])
+
+
+def _let_gradients_in(causal: Any) -> None:
+    """Let the first layer have a gradient to hand back, as all others do: so one graph serves them all."""
+
+    def ask(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    causal.get_input_embeddings().register_forward_hook(ask)
