@@ -5,6 +5,7 @@ depends on the seed and the step alone, never on the number of GPUs: this is wha
 """
 
 import bisect
+import functools
 from functools import cached_property
 
 import numpy as np
@@ -85,8 +86,8 @@ class Schedule:
             bins_per_step,
             seed,
         )
-        self._epoch: tuple[int, list[Ints]] = (0, self._pack(0))
-        self.bins_per_epoch = len(self._epoch[1])
+        self._epoch = functools.lru_cache(2)(self._pack)  # two, for whoever prepares the next one
+        self.bins_per_epoch = len(self._epoch(0))
         wanted = max(1, round(self.bins_per_epoch * epochs))
         self.total_bins = max_steps * bins_per_step if max_steps else wanted
 
@@ -106,9 +107,7 @@ class Schedule:
     def rows(self, number: int) -> Ints:
         """The rows of bin `number` of the run."""
         epoch, index = divmod(number, self.bins_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._pack(epoch))
-        return self._epoch[1][index]
+        return self._epoch(epoch)[index]
 
     def step(self, number: int) -> range:
         """The bins of optimizer step `number`, counted from 0."""

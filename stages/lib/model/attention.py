@@ -84,9 +84,11 @@ def _one_by_one(
 
 
 def register() -> None:
-    """Make it known to transformers as `packed`; its mask is None, for `bounds` say all."""
+    """Make it known to transformers as `packed`.
+
+    It has no mask function: transformers then makes no mask, and need not ask the GPU whether rows are packed.
+    A padding mask would go unheard; but whoever calls without `bounds` is refused.
+    """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, lambda *args, **options: None)

@@ -65,17 +65,23 @@ def _(upstream: Any, kept: Any, rows: int, block: int, inner_block: int) -> torc
     return upstream.new_empty(*upstream.shape[:-1], kept[0].numel() * 2 // rows)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, kept, ctx.rows, ctx.block, ctx.inner_block = inputs
-    ctx.save_for_backward(*kept)
+class Product(torch.autograd.Function):
+    """x @ W.T; what is kept for the way back is W in 4 bit."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, rows: int, block: int, inner_block: int, *kept: torch.Tensor
+    ) -> torch.Tensor:
+        """[..., rows]; see `dequantise`."""
+        ctx.save_for_backward(*kept)
+        ctx.sizes = rows, block, inner_block
+        return nf4_product(x, list(kept), rows, block, inner_block)
 
-def _backward(ctx: Any, upstream: torch.Tensor) -> Any:
-    of_x = nf4_gradient(upstream, list(ctx.saved_tensors), ctx.rows, ctx.block, ctx.inner_block)
-    return of_x, [None] * len(ctx.saved_tensors), None, None, None
-
-
-nf4_product.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        """Of x."""
+        of_x = nf4_gradient(upstream, list(ctx.saved_tensors), *ctx.sizes)
+        return of_x, None, None, None, *[None] * STORED
 
 
 def lighten(model: Any) -> None:
@@ -93,7 +99,7 @@ def lighten(model: Any) -> None:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     kept = [getattr(layer, f"stored{place}") for place in range(STORED)]
-    y = nf4_product(x, kept, layer.out_features, *layer.blocks)
+    y = Product.apply(x, layer.out_features, *layer.blocks, *kept)
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 

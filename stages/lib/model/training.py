@@ -2,8 +2,8 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,46 @@ import torch
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from stages.lib.model import adapter, history, load
+from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, lay_out, mean_nll, nll_sum
 from stages.lib.model.quick import Quick
 from stages.lib.run import preemption
-from stages.lib.run.exits import Diverged, TryAgain
+from stages.lib.run.exits import TryAgain
 from stages.lib.run.progress import Progress
 
-EVALUATIONS = 4
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
 EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
-WARM_STEPS = 2  # of an attempt, in which the compiler and the allocator are still at work
-FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 
 
 class Bins(torch.utils.data.Dataset[dict[str, Any]]):
-    """The run's bins as batches; each knows its step, its place there, and the step's learned tokens."""
+    """The run's bins as batches; each knows its step, its place there, and the step's learned tokens.
+
+    A thread lays out the next step's bins while this one's are computed.
+    """
 
     def __init__(self, plan: Plan, rows: Rows, shape: Shape | None) -> None:
         self.plan, self.rows, self.shape = plan, rows, shape
         self._step_tokens: tuple[int, int] = (-1, 0)
+        self._ahead: dict[int, Future[dict[str, Any]]] = {}
+        self._thread = ThreadPoolExecutor(1, "bins")
 
     def __len__(self) -> int:
         return self.plan.total_bins
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        wanted = range(number, min(number + self.plan.bins_per_step + 1, len(self)))
+        for near in wanted:
+            if near not in self._ahead:
+                self._ahead[near] = self._thread.submit(self._lay_out, near)
+        for passed in self._ahead.keys() - set(wanted):
+            del self._ahead[passed]
+        return self._ahead.pop(number).result()
+
+    def _lay_out(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, self.plan.bins_per_step)
         batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
         return batch | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
@@ -81,7 +90,10 @@ class LoraTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin."""
         return torch.utils.data.DataLoader(
-            self.bins, batch_size=1, collate_fn=lambda batch: batch[0]
+            self.bins,
+            batch_size=1,
+            collate_fn=lambda batch: batch[0],
+            pin_memory=torch.cuda.is_available(),
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -156,102 +168,6 @@ def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> Traini
     )
     found._n_gpu = min(found.n_gpu, 1)  # else Trainer splits a batch over all GPUs that it sees
     return found
-
-
-class Conduct(TrainerCallback):
-    """Watches the loop: progress, evaluations, checkpoints, and gradients that must be finite."""
-
-    def __init__(
-        self,
-        bins: Bins,
-        evaluates: bool,
-        saved: Callable[[Path, int, float | None], None],
-        progress: Progress,
-    ) -> None:
-        self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
-        # The last step and up to three before it, evenly.
-        self.evaluate_at = {
-            -(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)
-        }
-        self.held_out_loss: dict[int, float] = {}
-        self.saved_step = 0
-        self.steps, self.tokens, self.seconds, self.warming = 0, 0, 0.0, 0.0
-        self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
-        self.began = time.monotonic()  # the step that is running
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began = time.monotonic()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuse the update when a gradient is not finite, so that the adapter stays as it was."""
-        gradients = [p.grad for p in adapter.trainable(kwargs["model"]) if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            raise Diverged(
-                f"the gradient of step {state.global_step + 1} is not finite; lower LEARNING_RATE "
-                "(the checkpoint before it is kept)"
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        step = state.global_step
-        now = time.monotonic()
-        self.steps += 1
-        if self.steps == WARM_STEPS + 1:
-            self.warming, self.tokens, self.seconds = self.seconds, 0, 0.0
-        self.tokens += self.bins.tokens(step - 1)
-        self.seconds, self.began = self.seconds + now - self.began, now
-        if step in self.evaluate_at:
-            control.should_evaluate = self.evaluates
-            control.should_save = True
-        elif now >= self.next_save:
-            control.should_save = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        loss = logs.get("eval_loss", logs.get("loss", 0.0))
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss after step {state.global_step} is not finite; lower LEARNING_RATE "
-                "(the checkpoint before it is kept)"
-            )
-        if "eval_loss" in logs:
-            self.held_out_loss[state.global_step] = logs["eval_loss"]
-            self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
-            self.began = time.monotonic()
-        elif "loss" in logs:
-            self.progress.update(
-                state.global_step,
-                loss=logs["loss"],
-                learning_rate=logs["learning_rate"],
-                tokens_per_second=self.tokens / max(self.seconds, 1e-9),
-            )
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        step = state.global_step
-        self.saved(
-            Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
-        )
-        self.began = time.monotonic()
-        self.saved_step, self.next_save = step, self.began + SAVE_SECONDS
-
-    def owes_evaluation(self, step: int) -> bool:
-        """Whether a step was to be evaluated and was not: to go on from there would lose its measure."""
-        return self.evaluates and step in self.evaluate_at and step not in self.held_out_loss
 
 
 def train(
