@@ -18,6 +18,7 @@ from transformers import (
 from stages.lib.model import adapter, history, load
 from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, lay_out, mean_nll, nll_sum
+from stages.lib.model.optimizer import Flat
 from stages.lib.model.quick import Quick
 from stages.lib.run import preemption
 from stages.lib.run.exits import TryAgain
@@ -95,6 +96,15 @@ class LoraTrainer(Trainer):
             collate_fn=lambda batch: batch[0],
             pin_memory=torch.cuda.is_available(),
         )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer that the arguments name, on the adapter as one tensor."""
+        flat = Flat(adapter.trainable(self.model))
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options["weight_decay"] = self.args.weight_decay
+        self.optimizer = kind([flat.parameter], **options)
+        self.optimizer.register_step_pre_hook(flat.gather)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our own schedule: Trainer's gives the first step of a warm-up a learning rate of 0."""
