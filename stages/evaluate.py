@@ -65,7 +65,7 @@ def evaluate(
         for question in questions:
             question["ids"] = chat_format.prompt(conversation.loads(question))
             base.check_room(len(question["ids"]), max_new_tokens)
-        precision = made.setting("BASE_PRECISION")
+        precision = made.manifest["metrics"]["base_precision"]
         tuned = adapter.load(load.load(base, precision), made.path, base)
         held_out = prepared.Part(data.path / "held_out.arrow")
         result = measure.compare(

@@ -64,7 +64,7 @@ def generate(
     chat_format = Format.load(made.path, tokens)
     ids = [chat_format.prompt(conversation.ask(text, system or "")) for text in asked]
     base.check_room(max(map(len, ids)), max_new_tokens)
-    precision = made.setting("BASE_PRECISION")
+    precision = made.manifest["metrics"]["base_precision"]
     tuned = adapter.load(load.load(base, precision), made.path, base)
     if not prompts_file:
         write = (lambda text: click.echo(text, nl=False)) if sys.stdout.isatty() else None

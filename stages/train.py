@@ -5,6 +5,7 @@ Writes `checkpoints/step-*/` on the way, and `adapter/`: the adapter with the le
 reads it, its tokenizer and prompt format, and the last adapter in `last/`; losses are in the manifest.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,8 +21,9 @@ from stages.lib.run.values import Names, Number
 @options.base_revision
 @setting(
     "--base-precision", "BASE_PRECISION", default="nf4",
-    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32"]),
-    help="How the frozen base is held: nf4 is 4 bit, double quantised, computing in bf16; fp8 computes in 8.",
+    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32", "auto"]),
+    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8 bit, on Ada, Hopper and newer; "
+    "auto the fastest that fits.",
 )  # fmt: skip
 @setting("--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter.")
 @setting(
@@ -117,7 +119,6 @@ def train(
     from stages.lib.report.table import table
     from stages.lib.run import checkpoints
     from stages.lib.run.artifact import sha256
-    from stages.lib.run.progress import say
 
     run = Run(ctx)
     data = run.read("data")
@@ -144,27 +145,31 @@ def train(
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, history, load, memory, training
-        from stages.lib.model.quick import Quick
+        from stages.lib.model.plan import Choice, Setup
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
-        choices = memory.candidates(batch_tokens, longest, micro_batch_tokens, recompute)
+        setup = Setup(base_precision, rank, targets, str(recipe["optimizer"]))
+        cuts = memory.sizes(batch_tokens, longest, micro_batch_tokens)
         if resumed:
-            choices = [(resumed.metrics["bin_tokens"], resumed.metrics["recompute"])]
-        model = load.load(base, base_precision)
+            setup = replace(setup, precision=resumed.metrics["base_precision"])
+        elif base_precision == "auto":
+            setup = replace(
+                setup, precision=memory.precision(load.config(base), setup, cuts, recompute)
+            )
+        model = load.load(base, setup.precision)
         if init_adapter:
             tuned = adapter.continued(model, init_adapter, base, rank, alpha, dropout, targets)
         else:
             tuned = adapter.attach(model, base, rank, alpha, dropout, targets, seed)
-        quick = Quick(tuned, base_precision, memory.unpacks(tuned, base_precision))
-        for remark in quick.remarks:
-            say(remark)
         lengths = np.concatenate([rows.lengths, held_out.lengths])
-        size, recomputed = memory.fit(quick, lengths, choices)
+        cut = Choice.kept(resumed.metrics) if resumed else None
+        quick, choice = memory.prepare(tuned, setup, lengths, cuts, recompute, cut)
+        shape, size = quick.shape(lengths, choice.tokens), choice.tokens
         plan = bins.Schedule(rows.lengths, size, batch_tokens // size, epochs, max_steps, seed)
-        facts = {"bin_tokens": size, "recompute": recomputed}
+        facts = choice.facts() | {"base_precision": setup.precision}
         speed = training.train(
-            quick, plan, rows, held_out, quick.shape(lengths, size), scratch, recipe | {"seed": seed},
+            quick, plan, rows, held_out, shape, scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
         )  # fmt: skip
@@ -179,6 +184,7 @@ def train(
             "resumed_from_step": checkpoints.step(resumed) if resumed else None,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
             "adapter_b_norm": adapter.b_norm(out),
+            "predicted_gpu_bytes": choice.memory and choice.memory.total,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
         }  # fmt: skip
         run.publish("adapter", out, inputs, metrics, device=load.describe_device(), seed=seed)

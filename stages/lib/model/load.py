@@ -32,6 +32,13 @@ def peak_gpu_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
+def config(base: Base) -> dict[str, Any]:
+    """The base's config, all keys filled in."""
+    from transformers import AutoConfig
+
+    return dict(AutoConfig.from_pretrained(base.folder, local_files_only=True).to_dict())
+
+
 def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     """The base model, frozen.
 

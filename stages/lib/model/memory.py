@@ -1,56 +1,123 @@
-"""Which bin fits: probed once, before the first step, and recorded."""
+"""Which cut of the work fits the GPU: planned, probed once before the first step, and recorded."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.lib.model import load
+from stages.lib.model import fp8, load, plan
 from stages.lib.model.loss import Shape, lay_out, nll_sum, to
+from stages.lib.model.plan import Architecture, Choice, Setup
 from stages.lib.model.quick import Quick
 from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
 
+Ints = npt.NDArray[np.int64]
 CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end of one
 GPU_BIN = 16384
+SHARE = 0.95  # of the GPU's memory that is planned for: the allocator needs some, and the plan may be off
 
 
-def candidates(
-    batch_tokens: int, longest: int, wanted: int | None, recompute: str
-) -> list[tuple[int, bool]]:
-    """(bin, recompute) from the fastest to the smallest.
+def room() -> int:
+    """Bytes of GPU memory that this process has and can still have; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
+
+
+def sizes(batch_tokens: int, longest: int, wanted: int | None) -> list[int]:
+    """Tokens of a forward pass that divide a step, from the largest; at most twice as far apart as need be.
 
     Args:
-        batch_tokens: tokens of an optimizer step; a bin divides it. longest: tokens of the longest row.
-        wanted: the bin, if it was set; see `check_sizes` of the bins. recompute: `auto`, `none` or `all`.
+        batch_tokens: of an optimizer step. longest: of the longest row. wanted: the size, if it was set.
     """
     most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
     divisors = [d for d in range(batch_tokens, longest - 1, -1) if batch_tokens % d == 0]
-    sizes: list[int] = []
+    found: list[int] = []
     for divisor in [wanted] if wanted else [d for d in divisors if d <= most] or divisors[-1:]:
-        if not sizes or divisor <= sizes[-1] / 2:  # a probe each, so not every divisor
-            sizes.append(divisor)
-    # Recomputing costs a third of the speed, a bin of 4k instead of 16k tokens hardly any.
-    quick = [(size, False) for size in sizes if size >= min(sizes[0], 4096)]
-    return {
-        "none": [(size, False) for size in sizes],
-        "all": [(size, True) for size in sizes],
-        "auto": [*quick, *((size, True) for size in sizes)],
-    }[recompute]
+        if not found or divisor <= found[-1] / 2:
+            found.append(divisor)
+    return found
 
 
-def unpacks(tuned: Any, precision: str) -> bool:
-    """Whether an NF4 base is dequantised for good: where its bf16 form takes a quarter of what is free."""
-    if precision != "nf4" or not torch.cuda.is_available():
-        return False
-    sizes = [p.numel() for p in tuned.parameters() if not p.requires_grad]
-    return 4 * 2 * 2 * sum(sizes) < torch.cuda.mem_get_info()[0]
+def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompute: str) -> str:
+    """What `auto` means on this machine, told to the user with its reason.
+
+    Args:
+        config: of the base, all keys filled in. cuts, recompute: see `prepare`.
+    """
+    if not torch.cuda.is_available():
+        say("BASE_PRECISION is bf16: there is no GPU")
+        return "bf16"
+    name, memory = torch.cuda.get_device_name(), f"{room() / 2**30:.0f} GiB"
+    shape = Architecture.of(config)
+    if not shape:
+        say(f"BASE_PRECISION is nf4: {config.get('model_type')} is not planned for")
+        return "nf4"
+    possible = ["bf16", "nf4"]
+    if torch.cuda.get_device_capability() >= fp8.CAPABILITY:
+        possible.insert(0, "fp8")
+    found = plan.precision(shape, setup, cuts, room(), recompute, possible)
+    say(
+        f"BASE_PRECISION is {found}: the fastest of {', '.join(possible)} in the {memory} of {name}"
+    )
+    return found
 
 
-def fit(
-    quick: Quick, lengths: npt.NDArray[np.int64], choices: list[tuple[int, bool]]
-) -> tuple[int, bool]:
+def prepare(
+    tuned: Any, setup: Setup, lengths: Ints, cuts: Sequence[int], recompute: str, cut: Choice | None
+) -> tuple[Quick, Choice]:
+    """The model made quick, and arranged for the fastest cut of the work that fits.
+
+    Args:
+        lengths: tokens of all rows that it will see, [rows]. cuts: see `sizes`.
+        recompute: `auto`, `none` or `all`. cut: the only one that may be, where a run is resumed.
+
+    Raises:
+        OutOfMemory: none fits.
+    """
+    shape = Architecture.of(tuned.config.to_dict())
+    unpacked = replace(setup, unpacked=True)
+    if setup.precision == "nf4" and shape and torch.cuda.is_available():
+        best = plan.choices(shape, unpacked, cuts, room(), recompute)[:1]
+        if best and best[0].tokens == cuts[0] and not best[0].recomputed:
+            setup = unpacked
+    quick = Quick(tuned, setup.precision, setup.unpacked)
+    for remark in quick.remarks:
+        say(remark)
+    found = [cut] if cut else _candidates(quick, shape, setup, cuts, recompute)
+    return quick, fit(quick, lengths, found)
+
+
+def _candidates(
+    quick: Quick, shape: Architecture | None, setup: Setup, cuts: Sequence[int], recompute: str
+) -> list[Choice]:
+    """Cuts of the work from the fastest to the smallest.
+
+    Raises:
+        OutOfMemory: by the plan none fits.
+    """
+    layers = len(quick.layers) or 1
+    if quick.packed and shape and torch.cuda.is_available():
+        found = plan.choices(shape, setup, cuts, room(), recompute)
+        if not found:
+            least = plan.predict(shape, setup, cuts[-1], 0 if recompute == "none" else layers)
+            raise OutOfMemory(
+                f"training takes {least.total / 2**30:.1f} GiB at the least ({least}), of which this GPU has "
+                f"{room() / 2**30:.1f}; choose BASE_PRECISION=nf4, RECOMPUTE=auto, a smaller MAX_LENGTH and "
+                "MICRO_BATCH_TOKENS, or a larger GPU"
+            )
+        return found
+    # Without a plan: recomputing costs a third of the speed, a pass of 4k instead of 16k tokens hardly any.
+    none, every = ([Choice(size, number) for size in cuts] for number in (0, layers))
+    fast = [choice for choice in none if choice.tokens >= min(cuts[0], 4096)]
+    return {"none": none, "all": every, "auto": [*fast, *every]}[recompute]
+
+
+def fit(quick: Quick, lengths: Ints, found: Sequence[Choice]) -> Choice:
     """The first choice whose full bin passes forward and backward on this GPU; on the CPU the first.
 
     The model is left as that choice wants it. `lengths`: tokens of all rows that it will see, [rows].
@@ -58,14 +125,19 @@ def fit(
     Raises:
         OutOfMemory: none does.
     """
-    for size, again in choices:
-        quick.arrange(again)
-        if not torch.cuda.is_available() or _passes(quick, quick.shape(lengths, size), size):
-            return size, again
-        say(f"a bin of {size} tokens{' with recompute' if again else ''} does not fit this GPU")
+    for choice in found:
+        quick.arrange(choice.recomputed)
+        shape = quick.shape(lengths, choice.tokens)
+        if not torch.cuda.is_available() or _passes(quick, shape, choice.tokens):
+            return choice
+        say(
+            f"a pass of {choice.tokens} tokens that recomputes {choice.recomputed} layers does not fit this "
+            "GPU, next to what else is on it; trying the next smaller one"
+        )
+    expected = f" ({found[-1].memory})" if found[-1].memory else ""
     raise OutOfMemory(
-        f"not even a bin of {size} tokens fits this GPU; choose BASE_PRECISION=nf4, RECOMPUTE=all, "
-        "or a smaller MAX_LENGTH and MICRO_BATCH_TOKENS"
+        f"not even a pass of {found[-1].tokens} tokens fits this GPU{expected}; choose BASE_PRECISION=nf4, "
+        "RECOMPUTE=all, or a smaller MAX_LENGTH and MICRO_BATCH_TOKENS"
     )
 
 
@@ -83,7 +155,7 @@ def _passes(quick: Quick, shape: Shape | None, size: int) -> bool:
     loss = state = None
     try:
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        state = torch.empty(2 * trained, dtype=torch.float32, device=load.device())
+        state = torch.empty(3 * trained, dtype=torch.float32, device=load.device())
         for _ in range(2):
             with load.compute(quick.precision):
                 loss = nll_sum(tuned, batch)

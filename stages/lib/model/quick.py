@@ -104,15 +104,16 @@ class Quick:
         _let_gradients_in(self.causal)
         return True
 
-    def arrange(self, recompute: bool) -> None:
-        """Compile the layers, where that pays, and keep their activations or compute them again."""
+    def arrange(self, recomputed: int) -> None:
+        """Compile the layers, where that pays; the first `recomputed` keep no activations but their input."""
         if not self.packed:
-            if recompute:
+            if recomputed:
                 load.recompute(self.tuned)
             return
-        for layer, plain in self.layers:
+        for place, (layer, plain) in enumerate(self.layers):
             step = torch.compile(plain, fullgraph=True, dynamic=False) if self.compiles else plain
-            layer.forward = functools.partial(_again, layer, step) if recompute else step
+            again = place < recomputed
+            layer.forward = functools.partial(_again, layer, step) if again else step
 
 
 def _again(layer: Any, step: Any, hidden: torch.Tensor, **options: Any) -> Any:
