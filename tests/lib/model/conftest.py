@@ -1,6 +1,6 @@
 """A tiny model and rows in memory, for tests of the arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,17 @@ class MemoryRows:
 
     def __getitem__(self, row: int) -> Row:
         return self.rows[row]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more, and wait for them where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
