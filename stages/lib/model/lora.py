@@ -18,6 +18,14 @@ def layers(tuned: Any) -> list[Any]:
     return [module for module in tuned.modules() if isinstance(module, LoraLayer)]
 
 
+def simple(tuned: Any) -> bool:
+    """Whether every branch is B A x and nothing beyond it; DoRA, a bias or an adapted embedding is more."""
+    return all(
+        layer.lora_A and not layer.lora_variant and not any(layer.lora_bias.values())
+        for layer in layers(tuned)
+    )
+
+
 def lighten(tuned: Any, seed: torch.Tensor) -> None:
     """Give every adapted projection the arithmetic of this module; `seed`, int32 scalar, is its dropout's."""
     for place, layer in enumerate(layers(tuned)):

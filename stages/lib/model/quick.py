@@ -71,6 +71,13 @@ class Quick:
                 f"{kind} is not a decoder known here: it trains as transformers has it"
             )
             return False
+        # Neither shows in the comparison below: it evaluates, and a new adapter adds nothing yet.
+        if getattr(self.causal.config, "attention_dropout", 0.0):
+            self.remarks.append(f"{kind} has attention dropout: it trains as transformers has it")
+            return False
+        if not lora.simple(self.tuned):
+            self.remarks.append("an adapter with dora or a bias trains as peft has it")
+            return False
         rows = [(np.arange(3, 3 + n, dtype=np.int64), np.ones(n, bool)) for n in PROBE]
         place = self.causal.device
         was_training = self.tuned.training
