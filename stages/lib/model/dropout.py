@@ -14,11 +14,16 @@ def keep(seed: torch.Tensor, like: torch.Tensor, p: float) -> torch.Tensor:
             ("lowbias32", Chris Wellons, 2018), whose last bits decide.
     """
     number = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
-    x = number ^ seed
-    x = (x ^ _right(x, 16)) * 0x7FEB352D
-    x = (x ^ _right(x, 15)) * (0x846CA68B - 2**32)
+    x = _stir(number ^ seed, 16, 0x7FEB352D)
+    # Mixed in at the beginning alone, a seed would only number the elements of the one mask in another order.
+    x = x ^ _stir(_stir(seed, 16, 0x7FEB352D), 15, 0x846CA68B - 2**32)
+    x = _stir(x, 15, 0x846CA68B - 2**32)
     x = x ^ _right(x, 16)
     return (x & (2**_BITS - 1)) >= round(p * 2**_BITS)
+
+
+def _stir(x: torch.Tensor, bits: int, factor: int) -> torch.Tensor:
+    return (x ^ _right(x, bits)) * factor
 
 
 def _right(x: torch.Tensor, bits: int) -> torch.Tensor:
