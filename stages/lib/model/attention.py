@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from stages.lib.model.casting import cast
+
 NAME = "packed"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask for beyond the softmax
 
@@ -29,6 +31,7 @@ def attend(
     wanted = [name for name in UNKNOWN if options.get(name) is not None]
     if wanted:
         raise NotImplementedError(f"attention with {wanted[0]}")
+    query, key, value = cast(query, key, value)
     several = query.shape[1] // key.shape[1]
     if not query.is_cuda or query.dtype == torch.float32:
         key, value = (t.repeat_interleave(several, 1) for t in (key, value))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from stages.lib.model.casting import cast
+
 Stored = list[torch.Tensor]
 STORED = 5
 
@@ -41,10 +43,11 @@ def dequantise(
 
 @torch.library.custom_op("lora_stages::nf4_product", mutates_args=())
 def nf4_product(
-    x: torch.Tensor, kept: list[torch.Tensor], rows: int, block: int, inner_block: int
-) -> torch.Tensor:
-    """x [..., in] @ W.T, [..., rows]."""
-    return F.linear(x, dequantise(kept, rows, block, inner_block, x.dtype))
+    x: torch.Tensor, bias: torch.Tensor | None, kept: list[torch.Tensor], rows: int, block: int,
+    inner_block: int,
+) -> torch.Tensor:  # fmt: skip
+    """x [..., in] @ W.T + bias, [..., rows], rounded once."""
+    return F.linear(x, dequantise(kept, rows, block, inner_block, x.dtype), bias)
 
 
 @torch.library.custom_op("lora_stages::nf4_gradient", mutates_args=())
@@ -56,7 +59,7 @@ def nf4_gradient(
 
 
 @nf4_product.register_fake
-def _(x: Any, kept: Any, rows: int, block: int, inner_block: int) -> torch.Tensor:
+def _(x: Any, bias: Any, kept: Any, rows: int, block: int, inner_block: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -66,22 +69,23 @@ def _(upstream: Any, kept: Any, rows: int, block: int, inner_block: int) -> torc
 
 
 class Product(torch.autograd.Function):
-    """x @ W.T; what is kept for the way back is W in 4 bit."""
+    """x @ W.T + bias; what is kept for the way back is W in 4 bit."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, rows: int, block: int, inner_block: int, *kept: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, rows: int, block: int, inner_block: int,
+        *kept: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """[..., rows]; see `dequantise`."""
         ctx.save_for_backward(*kept)
         ctx.sizes = rows, block, inner_block
-        return nf4_product(x, list(kept), rows, block, inner_block)
+        return nf4_product(x, bias, list(kept), rows, block, inner_block)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         """Of x."""
         of_x = nf4_gradient(upstream, list(ctx.saved_tensors), *ctx.sizes)
-        return of_x, None, None, None, *[None] * STORED
+        return of_x, None, None, None, None, *[None] * STORED
 
 
 def lighten(model: Any) -> None:
@@ -99,8 +103,9 @@ def lighten(model: Any) -> None:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     kept = [getattr(layer, f"stored{place}") for place in range(STORED)]
-    y = Product.apply(x, layer.out_features, *layer.blocks, *kept)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+    (x,) = cast(x)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return Product.apply(x, bias, layer.out_features, *layer.blocks, *kept)
 
 
 def unpack(model: Any) -> None:
