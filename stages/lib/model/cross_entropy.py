@@ -39,6 +39,7 @@ class NllSum(torch.autograd.Function):
                 perhaps compiled.
         """
         total = torch.zeros((), device=hidden.device)
+        hidden = hidden.to(head.dtype)  # a LayerNorm under autocast hands on fp32
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden), CHUNK):
             part = slice(first, first + CHUNK)

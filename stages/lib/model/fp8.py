@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.lib.model.casting import cast
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 1e-12  # of a row's largest value, so that a row of zeros stays zeros
@@ -101,7 +103,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] times the weight."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = cast(x.reshape(-1, x.shape[-1]))[0]
         ones = torch.ones(self.in_features, 1, device=x.device)
         transposed = self.weight.t().contiguous() if x.requires_grad else self.weight
         sizes = (self.out_features,)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stages.lib.model import fp8, swiglu
+from stages.lib.model.casting import cast
 
 SILU = {"SiLU", "SiLUActivation"}  # by name: transformers has had both
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -49,7 +50,7 @@ class Together(nn.Module):
     def product(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """A member's output [..., out] for x [..., in]; the others' wait until they are asked for the same."""
         if self.pending is None or self.pending[0] is not x:
-            flat = x.reshape(-1, x.shape[-1])
+            flat = cast(x.reshape(-1, x.shape[-1]))[0]
             found = fp8.Product.apply(
                 flat, self.weight, self.transposed, self.scales, self.ones, self.sizes
             )
@@ -95,6 +96,6 @@ def fuse_mlps(model: Any) -> None:
 
 
 def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = cast(x.reshape(-1, x.shape[-1]))[0]
     wide, down = mlp.up_proj.together.tensors, mlp.down_proj.together.tensors
-    return swiglu.Mlp.apply(flat, *wide, *down).view_as(x)
+    return swiglu.Mlp.apply(flat, *wide, *down).view(x.shape)
