@@ -1,6 +1,7 @@
 """Triton kernels of SwiGLU with its FP8 quantisation: a row stays on the chip between its maximum and its cast.
 
 The compiler's own read and compute a row twice, and take two to three times as long (docs/decisions.md).
+What is not a number stays so: a clamp would otherwise make one of it, and the divergence would go unseen.
 """
 
 import torch
@@ -35,7 +36,7 @@ def _forward_kernel(
     inverse = 1.0 / scale
     for i in tl.static_range(pieces):
         at = i * block + tl.arange(0, block)
-        value = tl.clamp(held[i].to(tl.float32) * inverse, -LARGEST, LARGEST)
+        value = tl.clamp(held[i].to(tl.float32) * inverse, -LARGEST, LARGEST, tl.PropagateNan.ALL)
         tl.store(out + row * width + at, value.to(tl.float8e4nv), at < width)
 
 
@@ -75,8 +76,12 @@ def _backward_kernel(
     for i in tl.static_range(pieces):
         at = i * block + tl.arange(0, block)
         inside = at < width
-        of_gate = tl.clamp(held_gate[i].to(tl.float32) * inverse, -LARGEST, LARGEST)
-        of_up = tl.clamp(held_up[i].to(tl.float32) * inverse, -LARGEST, LARGEST)
+        of_gate = tl.clamp(
+            held_gate[i].to(tl.float32) * inverse, -LARGEST, LARGEST, tl.PropagateNan.ALL
+        )
+        of_up = tl.clamp(
+            held_up[i].to(tl.float32) * inverse, -LARGEST, LARGEST, tl.PropagateNan.ALL
+        )
         tl.store(out + row * 2 * width + at, of_gate.to(tl.float8e4nv), inside)
         tl.store(out + row * 2 * width + width + at, of_up.to(tl.float8e4nv), inside)
 
