@@ -1,0 +1,127 @@
+"""One graph for all layers and all bins: what the GPU compiles, compiled on the CPU without its kernels."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from transformers import AttentionInterface
+
+from stages.lib.model import attention, fp8, load
+from stages.lib.model.loss import Shape, lay_out, nll_sum
+from stages.lib.model.quick import Quick
+from tests.decoders import QUICK, error, gradients, make, some
+from tests.lib.model.test_nf4 import convert as to_nf4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = 128
+CONVERT = {"fp32": None, "bf16": None, "fp8": fp8.convert, "nf4": to_nf4}
+
+
+def masked(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+    *, bounds: torch.Tensor, scaling: float | None = None, sliding_window: int | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Packed attention by a mask of tokens by tokens, for the compiler cannot follow a row's bounds here."""
+    at = torch.arange(query.shape[2])
+    row = torch.searchsorted(bounds, at, right=True)
+    behind = at[:, None] - at
+    mask = (row[:, None] == row) & (behind >= 0) & (behind < (sliding_window or len(at)))
+    kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
+    q, k, v = (t.to(kind) for t in (query, key, value))
+    found = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """Nothing that an earlier test compiled, and attention that the compiler takes."""
+    torch._dynamo.reset()
+    counters.clear()
+    AttentionInterface.register(attention.NAME, masked)
+    yield
+    attention.register()
+    torch._dynamo.reset()
+
+
+def arrange(quick: Quick, recompute: bool) -> None:
+    """As the quick model does it on the GPU, with the compiler's front alone."""
+    compiled = [
+        (layer, torch.compile(plain, fullgraph=True, dynamic=False, backend="aot_eager"))
+        for layer, plain in quick.layers
+    ]
+    quick.layers = compiled
+    quick.arrange(recompute)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "recompute"),
+    [
+        ("llama3", "fp32", True),
+        ("mistral", "bf16", False),
+        ("qwen2", "nf4", True),
+        ("qwen2", "fp8", False),
+        ("llama3", "fp8", True),
+    ],
+)
+def test_all_layers_and_bins_share_one_graph(
+    family: str, precision: str, recompute: bool, compiled_anew: None
+) -> None:
+    """Bins with other numbers of rows, other seeds and other adapter weights compile nothing anew."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    kept: dict[str, Any] = {"dtype": dtype, "dropout": 0.1, "convert": CONVERT[precision]}
+    tuned = make(QUICK[family] | {"num_hidden_layers": 3}, **kept)
+    quick = Quick(tuned, precision)
+    AttentionInterface.register(attention.NAME, masked)  # instead of the one that it chose
+    shape = Shape(40, False, TOKENS)
+    # The CPU's autocast, which the compiler keeps for the way back, refuses to join tensors in e4m3.
+    autocast = contextlib.nullcontext() if precision == "fp8" else load.compute(precision)
+    bins = [some(40, 23, 5), some(5), some(*range(3, 15)), some(40, 30)]
+
+    def walk() -> list[Any]:
+        found = []
+        for number, rows in enumerate(bins):
+            quick.seed.fill_(number)
+            batch = lay_out(rows, shape)
+            torch._dynamo.mark_dynamic(batch["bounds"], 0)
+            with autocast:
+                loss = nll_sum(tuned, batch)
+            found.append((loss.detach(), gradients(tuned, loss)))
+        return found
+
+    eager = walk()
+    arrange(quick, recompute)
+    assert not counters["stats"]["unique_graphs"]
+    compiled = walk()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    close = 1e-5 if precision == "fp32" else 0.05
+    for (loss, of_loss), (wanted, of_wanted) in zip(compiled, eager, strict=True):
+        assert error(loss, wanted) < close
+        assert error(of_loss, of_wanted) < close
+
+
+def test_a_mask_of_all_tokens_says_the_same_as_the_bounds() -> None:
+    """The attention of this file is that of the quick path, which it stands in for."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 68, 16), torch.randn(1, 2, 68, 16), torch.randn(1, 2, 68, 16)
+    batch = lay_out(some(40, 23, 5), Shape(40))
+    given = {name: batch[name] for name in ("bounds", "longest", "uniform")}
+    for window in (None, 16, 1):
+        found, _ = attention.attend(
+            None, q, k, v, None, sliding_window=window, scaling=0.3, **given
+        )
+        wanted, _ = masked(None, q, k, v, None, sliding_window=window, scaling=0.3, **given)
+        assert error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", attention.UNKNOWN)
+def test_attention_refuses_what_it_would_leave_out(name: str) -> None:
+    q = torch.randn(1, 2, 8, 4)
+    given = {"bounds": torch.tensor([0, 8], dtype=torch.int32), "longest": 8, "uniform": True}
+    with pytest.raises(NotImplementedError, match=name):
+        attention.attend(None, q, q, q, None, **given, **{name: 1.0})
+    attention.attend(None, q, q, q, None, **given, **{name: None})
