@@ -92,6 +92,7 @@ def make(
     base = base.requires_grad_(False).to(torch.bfloat16 if dtype == torch.bfloat16 else base.dtype)
     if dtype == torch.float64:
         base = base.double()
+    base = base.to(place)
     if convert:
         convert(base)
     kept = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
@@ -101,8 +102,33 @@ def make(
         for name, p in tuned.named_parameters():
             if "lora_" in name:
                 noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.shape[0]))
-                p.data = (noise * 0.1).to(torch.float64 if dtype == torch.float64 else p.dtype)
-    return tuned.to(place).train()
+                kind = torch.float64 if dtype == torch.float64 else p.dtype
+                p.data = (noise * 0.1).to(p.device, kind)
+    return tuned.train()
+
+
+def exact_twin(tuned: Any, described: dict[str, Any], **kept: Any) -> Any:
+    """A tuned decoder in fp64 with the numbers that another one stands for, quantised or not."""
+    twin = make(described, dtype=torch.float64, place=tuned.device.type, **kept)
+    sources = dict(tuned.named_modules())
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            source = sources[name]
+            if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+                module.weight.copy_(_numbers(source))
+            if isinstance(getattr(module, "bias", None), torch.nn.Parameter):
+                module.bias.copy_(source.bias)
+    return twin
+
+
+def _numbers(source: Any) -> torch.Tensor:
+    if hasattr(source, "scales"):  # FP8
+        return source.weight.double() * source.scales.double()
+    if hasattr(source.weight, "quant_state"):
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(source.weight.data, source.weight.quant_state)
+    return source.weight
 
 
 def some(*lengths: int, words: int = WORDS, seed: int = 0) -> list[Row]:

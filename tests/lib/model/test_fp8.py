@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.lib.model import adapter, fp8, load, projections, swiglu
 from stages.lib.model.quick import Quick
-from tests.decoders import QUICK, error, gradients, make, plain_sum, quick_sum, some
+from tests.decoders import QUICK, error, exact_twin, gradients, make, plain_sum, quick_sum, some
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 0.027  # relative error of a row-wise e4m3 tensor in the 2-norm: 3 bits of mantissa; 0.0263 was seen
@@ -204,17 +204,7 @@ def test_a_quick_fp8_model_is_the_plain_one_of_the_same_weights(family: str, tar
     """Of the same e4m3 weights in fp64, without rounding of activations."""
     rows = some(40, 23, 5)
     tuned = make(QUICK[family], dtype=torch.bfloat16, convert=fp8.convert, targets=targets)
-    exact = make(QUICK[family], dtype=torch.float64, targets=targets)
-    weights = dict(tuned.named_modules())
-    with torch.no_grad():
-        for name, module in exact.named_modules():
-            twin = weights[name]
-            if isinstance(twin, fp8.Fp8Linear):
-                module.weight.copy_(exact_weight(twin))
-            elif isinstance(getattr(module, "weight", None), nn.Parameter):
-                module.weight.copy_(twin.weight)
-            if isinstance(getattr(module, "bias", None), nn.Parameter):
-                module.bias.copy_(twin.bias)
+    exact = exact_twin(tuned, QUICK[family], targets=targets)
     wanted = plain_sum(exact, rows)
     of_exact = gradients(exact, wanted)
     with load.compute("fp8"):

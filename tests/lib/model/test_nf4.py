@@ -27,7 +27,7 @@ def quantised(source: nn.Linear) -> Any:
     )
     made.bias = source.bias
     made.support_avx512bf16_for_cpu = False
-    return made.to("cpu").requires_grad_(False)
+    return made.to(source.weight.device).requires_grad_(False)
 
 
 def layer(bias: bool) -> Any:

@@ -14,6 +14,7 @@ from tests.decoders import (
     PLAIN,
     QUICK,
     error,
+    exact_twin,
     gradients,
     make,
     plain_sum,
@@ -87,8 +88,7 @@ def test_bf16_is_as_close_to_exact_as_plain_peft_is(family: str) -> None:
     """Under autocast, some layers hand on fp32: nothing may trip over it."""
     rows = some(40, 23, 5)
     tuned = make(QUICK[family], dtype=torch.bfloat16)
-    exact = make(QUICK[family], dtype=torch.float64)
-    exact.load_state_dict(tuned.state_dict())
+    exact = exact_twin(tuned, QUICK[family])
     wanted = plain_sum(exact, rows)
     of_exact = gradients(exact, wanted)
     with load.compute("bf16"):
