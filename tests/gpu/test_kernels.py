@@ -11,9 +11,8 @@ from stages.lib.model.dropout import keep
 from tests.decoders import error
 
 PLACE = "cuda"
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: its kernels are unproven"
-)
+if not torch.cuda.is_available():
+    pytest.skip("no GPU: its kernels are unproven", allow_module_level=True)
 EIGHT_BITS = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < fp8.CAPABILITY,
     reason="this GPU has no FP8 products",
