@@ -80,6 +80,7 @@ def adapted(given: argparse.Namespace) -> Any:
 
 def trainer_of(given: argparse.Namespace, model: Any, rows: list[list[int]]) -> Any:
     """The peer's trainer over rows, which are tokenised already."""
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -92,6 +93,7 @@ def trainer_of(given: argparse.Namespace, model: Any, rows: list[list[int]]) -> 
         "learning_rate": 2e-4, "bf16": True, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "optim": "adamw_8bit", "remove_unused_columns": False,
         "gradient_checkpointing": given.checkpointing, "use_liger_kernel": given.peer == "trl",
+        "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     if given.peer == "notebook":
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -136,7 +138,7 @@ def measure(given: argparse.Namespace, trainer: Any) -> dict[str, Any]:
     loss = trainer.train().training_loss
     return {
         "tokens_per_second": round(sum(tokens[WARM_STEPS:]) / (ends[-1] - ends[WARM_STEPS - 1]), 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else 0.0,
         "second_step_at": ends[1], "loss": round(loss, 4), "steps": len(ends),
     }  # fmt: skip
 
