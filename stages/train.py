@@ -22,7 +22,7 @@ from stages.lib.run.values import Names, Number
 @setting(
     "--base-precision", "BASE_PRECISION", default="nf4",
     type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32", "auto"]),
-    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8 bit, on Ada, Hopper and newer; "
+    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8, on Ada, Hopper and newer; "
     "auto the fastest that fits.",
 )  # fmt: skip
 @setting("--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter.")

@@ -1,0 +1,89 @@
+"""The plan of memory: against measured peaks, and what it chooses."""
+
+from typing import Any
+
+import pytest
+
+from stages.lib.model import plan
+from stages.lib.model.plan import Architecture, Choice, Setup
+from tests.decoders import QUICK, make
+
+LLAMA_2_7B = Architecture(4096, 32, 4096, 4096, 11008, 32000, False)
+QV, ALL = ("q_proj", "v_proj"), ("all-linear",)
+GIB = 2**30
+# Peaks on an H200, torch 2.11, transformers 5.17, 2026-11-23: tokens of a pass, layers recomputed, GiB.
+MEASURED = [
+    (Setup("fp8", 16, QV), 8192, 0, 41.3),
+    (Setup("fp8", 16, QV), 16384, 0, 69.87),
+    (Setup("fp8", 16, ALL), 16384, 0, 104.86),
+    (Setup("nf4", 16, QV, unpacked=True), 16384, 0, 72.89),
+    (Setup("nf4", 16, QV, unpacked=True), 4096, 32, 17.41),
+]
+
+
+@pytest.mark.parametrize(("setup", "tokens", "recomputed", "measured"), MEASURED)
+def test_the_plan_is_within_a_tenth_of_what_was_measured(
+    setup: Setup, tokens: int, recomputed: int, measured: float
+) -> None:
+    predicted = plan.predict(LLAMA_2_7B, setup, tokens, recomputed).total / GIB
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "smollm", "qwen3", "gemma", "granite"])
+@pytest.mark.parametrize("targets", [QV, ALL])
+def test_parameters_are_counted_from_the_config_alone(
+    family: str, targets: tuple[str, ...]
+) -> None:
+    tuned = make(QUICK[family], targets="all-linear" if targets == ALL else targets)
+    shape = Architecture.of(tuned.config.to_dict())
+    assert shape
+    learned = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    assert plan.adapter_parameters(shape, Setup("bf16", 4, targets)) == learned
+    frozen = sum(p.numel() for p in tuned.parameters() if not p.requires_grad and p.ndim == 2)
+    assert shape.frozen + shape.words == frozen
+
+
+def test_another_kind_of_model_is_not_planned() -> None:
+    assert Architecture.of({"n_embd": 64, "vocab_size": 128}) is None
+
+
+def choose(room: float, precision: str = "fp8", recompute: str = "auto") -> list[Choice]:
+    sizes = [16384, 8192, 4096, 2048, 1024]
+    return plan.choices(LLAMA_2_7B, Setup(precision, 16, QV), sizes, int(room * GIB), recompute)
+
+
+def test_a_large_gpu_recomputes_nothing_and_a_small_one_as_little_as_will_do() -> None:
+    assert choose(130)[0].recomputed == 0
+    assert choose(130)[0].tokens == 16384
+    small = choose(16)
+    assert 0 < small[0].recomputed < 32
+    for choice in small:
+        assert choice.memory
+        assert choice.memory.total <= 16 * GIB
+        less = plan.predict(LLAMA_2_7B, Setup("fp8", 16, QV), choice.tokens, choice.recomputed - 1)
+        assert choice.recomputed == 0 or less.total > 16 * GIB
+    assert [c.cost(32) for c in small] == sorted(c.cost(32) for c in small)
+
+
+def test_what_was_set_is_kept_to() -> None:
+    assert {c.recomputed for c in choose(130, recompute="all")} == {32}
+    assert {c.recomputed for c in choose(20, recompute="none")} == {0}
+    assert choose(10) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "possible", "found"),
+    [
+        (130, ("fp8", "bf16", "nf4"), "fp8"),
+        (130, ("bf16", "nf4"), "bf16"),
+        (10, ("fp8", "bf16", "nf4"), "nf4"),
+        (1, ("fp8", "bf16", "nf4"), "nf4"),
+    ],
+)
+def test_the_fastest_precision_that_fits(room: int, possible: Any, found: str) -> None:
+    setup = Setup("auto", 16, QV)
+    assert plan.precision(LLAMA_2_7B, setup, [8192, 1024], room * GIB, "auto", possible) == found
+
+
+def test_a_cut_is_remembered_by_a_checkpoint() -> None:
+    assert Choice.kept(Choice(4096, 3).facts()) == Choice(4096, 3)
