@@ -136,7 +136,8 @@ def prepare_data(
         facts = {"shape": ",".join(shapes), "chat_format": written.name, "sources": by_source}
         metrics = ledger.metrics() | facts
         preview.write(out, prepared.head(out, preview.ROWS), tokens, metrics, ledger.lengths)
-        inputs = {"dataset": sources.identity(dataset, found), "base": base.identity()}
+        now = sources.identity(dataset, found, before["dataset"])
+        inputs = {"dataset": now, "base": base.identity()}
         made = run.publish("data", out, inputs | {"chat_template": template}, metrics, seed=seed)
     if show:
         click.echo(preview.text(prepared.head(made.path, show), tokens))

@@ -54,13 +54,28 @@ class Writer:
         pa = self.pa
         bounds = batch.starts.tolist()
         pieces = [slice(bounds[i], bounds[i + 1]) for i in index.tolist()]
-        starts = pa.array(np.cumsum([0, *(p.stop - p.start for p in pieces)], dtype=np.int32))
+        starts = self._array(np.cumsum([0, *(p.stop - p.start for p in pieces)], dtype=np.int32))
         lists = [
-            pa.ListArray.from_arrays(starts, pa.array(np.concatenate([values[p] for p in pieces])))
+            pa.ListArray.from_arrays(
+                starts, self._array(np.concatenate([values[p] for p in pieces]))
+            )
             for values in (batch.ids, batch.learned)
         ]
-        columns = [pa.array(rows), *lists, pa.array(np.full(len(rows), source, dtype=np.int32))]
+        columns = [
+            self._array(rows), *lists, self._array(np.full(len(rows), source, dtype=np.int32)),
+        ]  # fmt: skip
         self.streams[part].write_batch(pa.record_batch(columns, schema=self.schema))
+
+    def _array(self, values: npt.NDArray[Any]) -> Any:
+        # Not `pa.array`, which imports pandas to ask whether it is given one of its own.
+        pa, count = self.pa, len(values)
+        if values.dtype == bool:
+            values = np.packbits(values, bitorder="little")
+            return pa.Array.from_buffers(pa.bool_(), count, [None, pa.py_buffer(values)])
+        kind = pa.from_numpy_dtype(values.dtype)
+        return pa.Array.from_buffers(
+            kind, count, [None, pa.py_buffer(np.ascontiguousarray(values))]
+        )
 
     def ask(self, row: int, prompt: dict[str, Any] | None) -> None:
         """Keep a held-out question as text, of the first ones."""

@@ -3,14 +3,17 @@
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from stages.lib.data import tokenizer
 from stages.lib.data.templates import Segment
-from stages.lib.run.exits import BadData, CannotRun
+from stages.lib.run.exits import BadData
 
 # Names that base models reserve for such use, should they have no `unk`.
 RESERVED = (
@@ -19,6 +22,7 @@ RESERVED = (
     "<|fim_pad|>",
     "<|endoftext|>",
 )
+MANY = 64  # texts, from which a thread for them costs nothing
 
 
 class Run(NamedTuple):
@@ -62,76 +66,88 @@ class Tokens:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.fast = _load(folder)
-        if self.fast.eos_token_id is None:
+        self.folder = folder
+        self._loaded = tokenizer.load(folder)
+        self.backend, self.names = self._loaded.backend, dict(self._loaded.names)
+        if "eos_token" not in self.names:
             raise BadData(
                 f"the tokenizer in {folder} has no EOS token, so no answer could ever end"
             )
-        self.backend = self.fast.backend_tokenizer
         self.backend.no_padding()
         self.backend.no_truncation()
         # A row that says "</s>" means these four characters.
         self.backend.encode_special_tokens = True
-        self.eos: int = self.fast.eos_token_id
+        self.eos: int = self._named("eos")
         self.pad = self._choose_pad()
-        self.fast.pad_token_id = self.pad
-        self._add_missing_bos(folder)
+        self.names["pad_token"] = self.backend.id_to_token(self.pad)
+        self._add_missing_bos()
         first = self.backend.encode("a").ids[:1]
-        self.bos: int | None = first[0] if first == [self.fast.bos_token_id] else None
+        self.bos: int | None = first[0] if first == [self._named("bos")] else None
         self._inner = _within_text(self.backend)
         self._anew = self._begins_anew()
-        named = self.fast.special_tokens_map.items()
-        self.names = {key: str(text) for key, text in named if not isinstance(text, list)}
         added = self.backend.get_added_tokens_decoder()
         self.specials = {token.content: number for number, token in added.items() if token.special}
         # Some take the blanks beside them, as Phi-3's do.
         self._takes_before = {number for number, token in added.items() if token.lstrip}
         self._takes_behind = {number for number, token in added.items() if token.rstrip}
-        template = self.fast.chat_template
+        template = self._loaded.template
         self.chat_template = template.get("default") if isinstance(template, dict) else template
+
+    @cached_property
+    def fast(self) -> Any:
+        """The tokenizer as transformers has it."""
+        found = self._loaded.fast or tokenizer.by_transformers(self.folder)
+        found.backend_tokenizer.post_processor = self.backend.post_processor
+        found.pad_token_id = self.pad
+        return found
+
+    def _named(self, name: str) -> Any:
+        """The id of the token that is called `bos`, `eos`, `pad` or `unk`, or None."""
+        token = self.names.get(f"{name}_token")
+        return None if token is None else self.backend.token_to_id(token)
 
     def _begins_anew(self) -> bool:
         """Whether the tokenizer treats text behind a special token as the beginning of a text."""
         if self._inner is self.backend:
             return False
         self.backend.encode_special_tokens = False
-        ids = self.backend.encode(f"{self.fast.eos_token}a", add_special_tokens=False).ids
+        ids = self.backend.encode(f"{self.names['eos_token']}a", add_special_tokens=False).ids
         self.backend.encode_special_tokens = True
         return bool(ids[1:] == self.backend.encode("a", add_special_tokens=False).ids)
 
     def _choose_pad(self) -> int:
-        pad, unk = self.fast.pad_token_id, self.fast.unk_token_id
+        pad, unk = self._named("pad"), self._named("unk")
         if pad is not None and pad != self.eos:
             return int(pad)
         if unk is not None and unk != self.eos:
             return int(unk)
-        vocabulary = self.fast.get_vocab()
+        vocabulary = self.backend.get_vocab()
         reserved = [vocabulary[name] for name in RESERVED if name in vocabulary]
         return next((i for i in reserved if i != self.eos), self.eos)
 
-    def _add_missing_bos(self, folder: Path) -> None:
+    def _add_missing_bos(self) -> None:
         """Put BOS first where the model was trained with it and the tokenizer's own files forget it."""
         from tokenizers.processors import Sequence, TemplateProcessing
 
-        bos, path = self.fast.bos_token, folder / "tokenizer_config.json"
+        bos, path = self.names.get("bos_token"), self.folder / tokenizer.CONFIG
         config = json.loads(path.read_text()) if path.is_file() else {}
         # A SentencePiece model alone says nothing; the models of that time begin with BOS.
-        wanted = config.get("add_bos_token", not (folder / "tokenizer.json").is_file())
-        if wanted and bos and self.fast.bos_token_id not in self.backend.encode("").ids:
+        wanted = config.get("add_bos_token", not (self.folder / tokenizer.FILE).is_file())
+        if wanted and bos and self._named("bos") not in self.backend.encode("").ids:
             first = TemplateProcessing(
                 single=f"{bos} $A",
                 pair=f"{bos} $A $B",
-                special_tokens=[(bos, self.fast.bos_token_id)],
+                special_tokens=[(bos, self._named("bos"))],
             )
             own = self.backend.post_processor
             self.backend.post_processor = Sequence([own, first]) if own else first
 
     def __len__(self) -> int:
-        return len(self.fast)
+        return int(self.backend.get_vocab_size())
 
     def vocabulary(self) -> list[str]:
         """All tokens by id, up to the highest; an id that is none has an empty text."""
-        known = {number: token for token, number in self.fast.get_vocab().items()}
+        known = {number: token for token, number in self.backend.get_vocab().items()}
         return [known.get(number, "") for number in range(max(known) + 1)]
 
     def encode(self, rows: Sequence[Sequence[Segment]]) -> "Encoded":
@@ -147,7 +163,7 @@ class Tokens:
             for run in plan:
                 if run.id is None:
                     texts[run.within].append(run.text)
-        encoded = [iter(self._ids(self.backend, texts[0])), iter(self._ids(self._inner, texts[1]))]
+        encoded = [self._ids(self.backend, texts[0]), self._ids(self._inner, texts[1])]
         ids = array("i")  # four bytes each
         lengths, learned, starts, ends = [], [], [0], []
         for plan in plans:
@@ -168,11 +184,19 @@ class Tokens:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has by itself."""
-        return [len(ids) for ids in self._ids(self._inner, list(texts))] if texts else []
+        return [len(ids) for ids in self._ids(self._inner, texts)]
 
     @staticmethod
-    def _ids(backend: Any, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def _ids(backend: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+        encode = partial(backend.encode_batch_fast, texts, add_special_tokens=False)
+        if len(texts) < MANY:
+            encoded = encode()
+        else:
+            # What one thread allocates and another frees, glibc gives out in order again; what one thread
+            # does both with, it gives out as it came back, and the next texts take a tenth longer.
+            with ThreadPoolExecutor(1) as thread:
+                encoded = thread.submit(encode).result()
+        return (found.ids for found in encoded)
 
     def _plan(self, row: Sequence[Segment]) -> list["Run"]:
         """The runs of a row: texts to encode whole, and special tokens."""
@@ -227,30 +251,9 @@ class Tokens:
 
     def save(self, folder: Path, chat_template: str | None) -> None:
         """Write the tokenizer's files, for an adapter or a merged model that speaks `chat_template`."""
-        self.backend.encode_special_tokens = False
         own, self.fast.chat_template = self.fast.chat_template, chat_template
         self.fast.save_pretrained(folder)
         self.fast.chat_template = own
-        self.backend.encode_special_tokens = True
-
-
-def _load(folder: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        # A SentencePiece model alone is converted, which needs torch.
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise BadData(
-            f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); fetch it again"
-        ) from error
-    if not found.is_fast:
-        raise CannotRun(f"{folder} has no fast tokenizer (tokenizer.json); choose another base")
-    return found
 
 
 def _within_text(backend: Any) -> Any:

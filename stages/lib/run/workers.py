@@ -19,6 +19,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 MOST = 16
 AHEAD = 3  # jobs that wait for each process
+YOUNG = 100_000  # objects between two collections; a job makes many, and hardly a cycle
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _work: Callable[[Any], Any]
 
@@ -87,6 +88,7 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     if os.getppid() != parent:  # it went before it could be asked
         os._exit(1)
     settings.use_one_thread()
+    gc.set_threshold(YOUNG)
 
 
 def _do(job: Any) -> Any:
