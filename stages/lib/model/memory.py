@@ -126,9 +126,10 @@ def fit(quick: Quick, lengths: Ints, found: Sequence[Choice]) -> Choice:
         OutOfMemory: none does.
     """
     for choice in found:
-        quick.arrange(choice.recomputed)
-        shape = quick.shape(lengths, choice.tokens)
-        if not torch.cuda.is_available() or _passes(quick, shape, choice.tokens):
+        if not torch.cuda.is_available():
+            quick.arrange(choice.recomputed)
+            return choice
+        if _passes(quick, lengths, choice):
             return choice
         say(
             f"a pass of {choice.tokens} tokens that recomputes {choice.recomputed} layers does not fit this "
@@ -141,7 +142,20 @@ def fit(quick: Quick, lengths: Ints, found: Sequence[Choice]) -> Choice:
     )
 
 
-def _passes(quick: Quick, shape: Shape | None, size: int) -> bool:
+def _passes(quick: Quick, lengths: Ints, choice: Choice) -> bool:
+    """Whether a full bin fits, compiled if that can be done."""
+    try:
+        quick.arrange(choice.recomputed)
+        return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        say(f"the layers cannot be compiled here ({reason}): they run as they are, and slower")
+        quick.compiles = False
+        quick.arrange(choice.recomputed)
+        return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)
+
+
+def _fits(quick: Quick, shape: Shape | None, size: int) -> bool:
     """Whether a full bin fits, beside gradients that are held and the optimizer's state.
 
     Of at least two rows, because they need a mask that one row does not; twice, as in an accumulation.
@@ -166,5 +180,6 @@ def _passes(quick: Quick, shape: Shape | None, size: int) -> bool:
     finally:
         tuned.zero_grad(set_to_none=True)
         del loss, state
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,9 @@
 """A tuned model made quick for training: fast where that is known to compute the same, plain elsewhere."""
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,17 +11,15 @@ import torch
 import torch.utils.checkpoint
 
 from stages.lib.model import attention, cross_entropy, load, lora, nf4, projections
-from stages.lib.model.loss import Shape, lay_out, nll_sum, to
+from stages.lib.model.loss import Row, Shape, lay_out, nll_sum, to
 
 # Decoders whose attention is a causal softmax and nothing beyond it, and whose layers have Llama's names.
 KNOWN = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "smollm3", "olmo2", "granite",
 }  # fmt: skip
 PROBE = (40, 24)  # tokens of the rows on which quick and plain are compared
-CLOSE = (
-    1e-3,
-    2e-2,
-)  # of the mean loss in nats, in fp32 and in bf16: a wrong mask or a missing factor is far off
+# Of the mean loss in nats, in fp32 and in bf16: a wrong mask or a missing factor is far off.
+CLOSE = {True: 1e-3, False: 2e-2}
 LOUD = 1000.0
 
 
@@ -40,9 +40,14 @@ class Quick:
         self.remarks: list[str] = []
         self.causal = tuned.get_base_model()
         self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
-        self.packed = self._pack()
+        why = self._obstacle() or self._pack()
+        if why:
+            self.remarks.append(f"{why}: it trains as transformers and peft have it")
+        self.packed = not why
+        self.compiles = self.packed and load.device().type == "cuda" and precision != "int8"
         self.layers: list[tuple[Any, Any]] = []
         if self.packed:
+            _let_gradients_in(self.causal)
             lora.lighten(tuned, self.seed)
             if precision == "fp8":
                 projections.gather(self.causal)
@@ -58,58 +63,49 @@ class Quick:
         found = Shape.of(lengths, tokens)
         return found if self.compiles else Shape(found.longest)
 
-    @property
-    def compiles(self) -> bool:
-        """Whether layers are compiled: on the GPU, where they are known and keep to one shape."""
-        return self.packed and load.device().type == "cuda" and self.precision != "int8"
-
-    def _pack(self) -> bool:
-        """Switch to packed attention and a loss without logits, if both give what plain ones give."""
-        kind = self.causal.config.model_type
+    def _obstacle(self) -> str | None:
+        """What about the model or its adapter is not known here, if anything."""
+        config = self.causal.config
+        kind = config.model_type
         if kind not in KNOWN:
-            self.remarks.append(
-                f"{kind} is not a decoder known here: it trains as transformers has it"
-            )
-            return False
-        # Neither shows in the comparison below: it evaluates, and a new adapter adds nothing yet.
-        if getattr(self.causal.config, "attention_dropout", 0.0):
-            self.remarks.append(f"{kind} has attention dropout: it trains as transformers has it")
-            return False
+            return f"{kind} is not a decoder known here"
+        # Neither of these would show in the comparison: it evaluates, and a new adapter adds nothing yet.
+        if getattr(config, "attention_dropout", 0.0):
+            return f"{kind} has attention dropout"
         if not lora.simple(self.tuned):
-            self.remarks.append("an adapter with dora or a bias trains as peft has it")
-            return False
-        rows = [(np.arange(3, 3 + n, dtype=np.int64), np.ones(n, bool)) for n in PROBE]
-        place = self.causal.device
+            return "the adapter has dora or a bias"
+        with self._at_rest():
+            if not _head_is_all(self.causal, to(lay_out(_probe()), self.causal.device)):
+                return f"the head of {kind} is more than a product"
+        return None
+
+    def _pack(self) -> str | None:
+        """Switch to packed attention and a loss without logits; or say why not, and switch nothing."""
+        causal, place = self.causal, self.causal.device
+        before, original = causal.config._attn_implementation, causal.forward
+        piece = cross_entropy.piece
+        if place.type == "cuda":
+            piece = torch.compile(piece, dynamic=True)
+        with self._at_rest():
+            plain = nll_sum(causal, to(lay_out(_probe()), place))
+            attention.register()
+            causal.config._attn_implementation = attention.NAME
+            causal.forward = types.MethodType(functools.partial(_forward, original, piece), causal)
+            quick = nll_sum(causal, to(lay_out(_probe(), Shape(max(PROBE))), place))
+        off = abs(float(quick - plain)) / (sum(PROBE) - len(PROBE))
+        if off <= CLOSE[self.precision == "fp32"]:
+            return None
+        causal.config._attn_implementation, causal.forward = before, original
+        return f"packed attention is {off:.2g} nats off for {causal.config.model_type}"
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Evaluating, without gradients."""
         was_training = self.tuned.training
         self.tuned.eval()
         with torch.no_grad(), load.compute(self.precision):
-            if not _head_is_all(self.causal, to(lay_out(rows), place)):
-                self.remarks.append(
-                    f"the head of {kind} is more than a product: its logits are built whole"
-                )
-                return False
-            plain = nll_sum(self.causal, to(lay_out(rows), place))
-            before = self.causal.config._attn_implementation
-            attention.register()
-            self.causal.config._attn_implementation = attention.NAME
-            piece = cross_entropy.piece
-            if place.type == "cuda":
-                piece = torch.compile(piece, dynamic=True)
-            original = self.causal.forward
-            self.causal.forward = types.MethodType(
-                functools.partial(_forward, original, piece), self.causal
-            )
-            quick = nll_sum(self.causal, to(lay_out(rows, Shape(max(PROBE))), place))
+            yield
         self.tuned.train(was_training)
-        off = float(quick - plain).__abs__() / (sum(PROBE) - len(PROBE))
-        if not off <= CLOSE[self.precision != "fp32"]:
-            self.causal.config._attn_implementation, self.causal.forward = before, original
-            self.remarks.append(
-                f"packed attention is {off:.2g} nats off for {kind}: it trains as transformers has it"
-            )
-            return False
-        _let_gradients_in(self.causal)
-        return True
 
     def arrange(self, recomputed: int) -> None:
         """Compile the layers, where that pays; the first `recomputed` keep no activations but their input."""
@@ -121,6 +117,10 @@ class Quick:
             step = torch.compile(plain, fullgraph=True, dynamic=False) if self.compiles else plain
             again = place < recomputed
             layer.forward = functools.partial(_again, layer, step) if again else step
+
+
+def _probe() -> list[Row]:
+    return [(np.arange(3, 3 + n, dtype=np.int64), np.ones(n, bool)) for n in PROBE]
 
 
 def _again(layer: Any, step: Any, hidden: torch.Tensor, **options: Any) -> Any:
