@@ -189,6 +189,21 @@ def test_the_classic_recipe_to_the_letter(tiny: Path, rows: Path, tmp_path: Path
     assert counts["rows_ending_in_trained_eos"] == counts["rows_kept"] == 40
 
 
+def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """`llama2-7b-fp8` as it ships; on a CPU its products are those of the same numbers in fp32."""
+    preset = ("--env-file", str(ROOT / "env" / "llama2-7b-fp8.env"))
+    env = {"BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "512", "RUN_DIR": "run"}
+    for stage in ("prepare-data", "train", "evaluate", "merge"):
+        done = run_stages(tmp_path, *preset, stage, env=env | {"MAX_NEW_TOKENS": "4"})
+        assert done.returncode == 0, done.stderr
+    said = run_stages(tmp_path, *preset, "generate", "--prompt", "Why?", env=env)
+    assert said.returncode == 0, said.stderr
+    metrics = manifest(tmp_path / "run" / "adapter")["metrics"]
+    assert metrics["base_precision"] == "fp8"
+    assert metrics["recomputed_layers"] == 0
+    assert metrics["predicted_gpu_bytes"] is None  # nothing is planned without a GPU
+
+
 def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:
     from bitsandbytes.nn import Linear4bit
 
@@ -204,7 +219,7 @@ def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:
     assert layer.compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "auto"])
 def test_other_precisions_train(tiny: Path, rows: Path, tmp_path: Path, precision: str) -> None:
     common = ("--run-dir", "run", "--base-model", str(tiny))
     assert run_stages(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2

@@ -1,6 +1,7 @@
 """The base model in memory, in the precision that was asked for."""
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -52,9 +53,10 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product in int8
     place = place or device()
     if (
         place.type == "cuda"
@@ -77,7 +79,6 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             base.folder,
             dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
             quantization_config=_quantisation(precision),
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -91,10 +91,7 @@ class LoraTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin."""
         return torch.utils.data.DataLoader(
-            self.bins,
-            batch_size=1,
-            collate_fn=lambda batch: batch[0],
-            pin_memory=torch.cuda.is_available(),
+            self.bins, batch_size=1, collate_fn=lambda batch: batch[0]
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
