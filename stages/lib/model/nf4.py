@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from stages.lib.model.casting import cast
 
@@ -41,7 +42,7 @@ def dequantise(
     )
 
 
-@torch.library.custom_op("lora_stages::nf4_product", mutates_args=())
+@library.custom_op("lora_stages::nf4_product", mutates_args=())
 def nf4_product(
     x: torch.Tensor, bias: torch.Tensor | None, kept: list[torch.Tensor], rows: int, block: int,
     inner_block: int,
@@ -50,7 +51,7 @@ def nf4_product(
     return F.linear(x, dequantise(kept, rows, block, inner_block, x.dtype), bias)
 
 
-@torch.library.custom_op("lora_stages::nf4_gradient", mutates_args=())
+@library.custom_op("lora_stages::nf4_gradient", mutates_args=())
 def nf4_gradient(
     upstream: torch.Tensor, kept: list[torch.Tensor], rows: int, block: int, inner_block: int
 ) -> torch.Tensor:
