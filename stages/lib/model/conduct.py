@@ -26,7 +26,7 @@ class Steps(Protocol):
 
 
 class Conduct(TrainerCallback):
-    """Watches the loop: progress, evaluations, checkpoints, and gradients that must be finite."""
+    """Watches the loop: progress, evaluations, checkpoints, and losses that must be finite."""
 
     def __init__(
         self,

@@ -58,8 +58,6 @@ def _backward_kernel(
         up = tl.load(gates + width + at, inside, other=0.0).to(tl.float32)
         gate_factor = tl.load(factors + at, inside, other=0.0)
         up_factor = tl.load(factors + width + at, inside, other=0.0)
-        gate_factor = tl.load(factors + at, inside, other=0.0)
-        up_factor = tl.load(factors + width + at, inside, other=0.0)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         # Both are held in bf16: in fp32 half as many rows would fit a multiprocessor.

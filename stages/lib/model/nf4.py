@@ -5,6 +5,7 @@ of the forward and of the backward product into one, and hold it in between for 
 """
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,17 +90,23 @@ class Product(torch.autograd.Function):
         return of_x, None, None, None, None, *[None] * STORED
 
 
-def lighten(model: Any) -> None:
-    """Give every double quantised NF4 projection of a model the product of this module."""
+def _projections(model: Any) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """The double quantised NF4 projections of a model, and the sizes of their blocks."""
     import bitsandbytes as bnb
 
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.nested:
-            for place, tensor in enumerate(stored(layer)):
-                layer.register_buffer(f"stored{place}", tensor, persistent=False)
             state = layer.weight.quant_state
-            layer.blocks = (state.blocksize, state.state2.blocksize)
-            layer.forward = types.MethodType(_forward, layer)
+            yield layer, (state.blocksize, state.state2.blocksize)
+
+
+def lighten(model: Any) -> None:
+    """Give every double quantised NF4 projection of a model the product of this module."""
+    for layer, blocks in _projections(model):
+        for place, tensor in enumerate(stored(layer)):
+            layer.register_buffer(f"stored{place}", tensor, persistent=False)
+        layer.blocks = blocks
+        layer.forward = types.MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -111,20 +118,11 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def unpack(model: Any) -> None:
     """Dequantise every NF4 projection of a model once and for all: the same numbers, four times the memory."""
-    import bitsandbytes as bnb
-
-    for layer in model.modules():
-        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.nested:
-            state = layer.weight.quant_state
-            weight = dequantise(
-                stored(layer),
-                layer.out_features,
-                state.blocksize,
-                state.state2.blocksize,
-                state.dtype,
-            )
-            layer.register_buffer("unpacked", weight, persistent=False)
-            layer.forward = types.MethodType(_plain, layer)
+    for layer, blocks in _projections(model):
+        dtype = layer.weight.quant_state.dtype
+        weight = dequantise(stored(layer), layer.out_features, *blocks, dtype)
+        layer.register_buffer("unpacked", weight, persistent=False)
+        layer.forward = types.MethodType(_plain, layer)
 
 
 def _plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
