@@ -189,7 +189,7 @@ def choices(
     return sorted(found, key=lambda choice: choice.cost(layers))
 
 
-# Time a token at the 7B shape on an H200, against FP8; NF4 is that of the bf16 it is dequantised to, and a little.
+# Time a token at the 7B shape on an H200, against FP8; NF4 takes what bf16 does, and a little more.
 SLOWER = {"fp8": 1.0, "bf16": 1.5, "nf4": 1.55}
 
 
