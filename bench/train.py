@@ -128,12 +128,13 @@ class Bench:
 
     def ceiling(self, precision: str) -> dict[str, Any]:
         """The products alone."""
-        return self._own("train_ceiling", str(self.model), precision) | {"settings": precision}
+        command = [sys.executable, "-m", "bench.train_ceiling", str(self.model), precision]
+        return _last(self._run(command, self._settings(self.work))) | {"settings": precision}
 
     def _own(self, script: str, *rest: str, python: str = sys.executable) -> dict[str, Any]:
         """What a script beside this one prints; -P keeps its neighbours out of what it imports."""
-        said = self._run([python, "-P", str(ROOT / f"bench/{script}.py"), *rest], dict(os.environ))
-        return dict(json.loads(said.strip().splitlines()[-1])) if said.strip() else {}
+        command = [python, "-P", str(ROOT / f"bench/{script}.py"), *rest]
+        return _last(self._run(command, dict(os.environ)))
 
     def _stage(self, name: str) -> list[str]:
         return [sys.executable, "-m", "stages", name]
@@ -185,6 +186,11 @@ def _read(terminal: int) -> str:
         return os.read(terminal, 65536).decode(errors="replace")
     except OSError:
         return ""
+
+
+def _last(said: str) -> dict[str, Any]:
+    """The JSON line that standard output ends with."""
+    return dict(json.loads(said.strip().splitlines()[-1])) if said.strip() else {}
 
 
 def write_dense(source: Path, target: Path) -> Path:

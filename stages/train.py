@@ -144,7 +144,7 @@ def train(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, history, load, memory, training
+        from stages.lib.model import adapter, ceiling, history, load, memory, training
         from stages.lib.model.plan import Choice, Setup
 
         tokens = Tokens(base.folder)
@@ -158,6 +158,7 @@ def train(
                 setup, precision=memory.precision(load.config(base), setup, cuts, recompute)
             )
         model = load.load(base, setup.precision)
+        matmul = ceiling.highest(setup.precision)
         if init_adapter:
             tuned = adapter.continued(model, init_adapter, base, rank, alpha, dropout, targets)
         else:
@@ -186,6 +187,7 @@ def train(
             "adapter_b_norm": adapter.b_norm(out),
             "predicted_gpu_bytes": choice.memory and choice.memory.total,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
+            "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul),
         }  # fmt: skip
         run.publish("adapter", out, inputs, metrics, device=load.describe_device(), seed=seed)
     click.echo(table(("adapter", "value"), [

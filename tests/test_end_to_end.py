@@ -202,6 +202,12 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert metrics["base_precision"] == "fp8"
     assert metrics["recomputed_layers"] == 0
     assert metrics["predicted_gpu_bytes"] is None  # nothing is planned without a GPU
+    assert metrics["matmul_ceiling_share"] is None
+    assert metrics["model_flops_per_second"] > 0
+    assert metrics["step_seconds"] > 0
+    steps = [entry for entry in metrics["history"] if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, metrics["steps"] + 1))
+    assert all(entry.keys() == {"step", "loss", "learning_rate", "grad_norm"} for entry in steps)
 
 
 def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:

@@ -2,18 +2,21 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.lib.model.loss import Plan
+from stages.lib.model.pace import Pace
+from stages.lib.model.pending import Numbers
 from stages.lib.run.exits import Diverged
 from stages.lib.run.progress import Progress
 
 EVALUATIONS = 4
-WARM_STEPS = 2  # of an attempt, in which the compiler and the allocator are still at work
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 
 
@@ -22,11 +25,19 @@ class Steps(Protocol):
 
     plan: Plan
 
-    def tokens(self, step: int) -> int: ...
+    def work(self, step: int) -> tuple[int, int]: ...
 
 
 class Conduct(TrainerCallback):
-    """Watches the loop: progress, evaluations, checkpoints, and losses that must be finite."""
+    """Watches the loop: progress, evaluations, checkpoints, and losses that must be finite.
+
+    A step's numbers are read when the next step has been handed to the GPU, so that the host need not wait in
+    between; but before an evaluation, a checkpoint and the end, so that nothing is kept of a step that failed.
+
+    Args:
+        evaluates: there are held-out rows. saved: see `train`.
+        numbers: loss and gradient norm of the step that was just handed over, [2] on the device.
+    """
 
     def __init__(
         self,
@@ -34,38 +45,61 @@ class Conduct(TrainerCallback):
         evaluates: bool,
         saved: Callable[[Path, int, float | None], None],
         progress: Progress,
+        numbers: Callable[[], torch.Tensor],
     ) -> None:
         self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
+        self.numbers = numbers
+        self.pending: deque[Numbers] = deque()
+        self.pace = Pace()
         # The last step and up to three before it, evenly.
         self.evaluate_at = {
             -(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)
         }
         self.held_out_loss: dict[int, float] = {}
         self.saved_step = 0
-        self.steps, self.tokens, self.seconds, self.warming = 0, 0, 0.0, 0.0
         self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
-        self.began = time.monotonic()  # the step that is running
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.began = time.monotonic()
+        self.pace.begin()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
+        self.pending.append(Numbers(state.global_step + 1, rate, self.numbers()))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step
-        now = time.monotonic()
-        self.steps += 1
-        if self.steps == WARM_STEPS + 1:
-            self.warming, self.tokens, self.seconds = self.seconds, 0, 0.0
-        self.tokens += self.bins.tokens(step - 1)
-        self.seconds, self.began = self.seconds + now - self.began, now
-        if step in self.evaluate_at:
+        if state.global_step in self.evaluate_at:
             control.should_evaluate = self.evaluates
             control.should_save = True
-        elif now >= self.next_save:
+        elif time.monotonic() >= self.next_save:
             control.should_save = True
+        self.settle(state, 0 if control.should_save else 1)
+
+    def settle(self, state: TrainerState, but: int = 0) -> None:
+        """Read what is pending, but for the last `but` steps; waits until the GPU is through with the others.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite.
+        """
+        while len(self.pending) > but:
+            numbers = self.pending.popleft()
+            loss, norm = numbers.read()
+            _check(f"the loss after step {numbers.step}", loss)
+            _check(f"a gradient of step {numbers.step}", norm)
+            self.pace.add(*self.bins.work(numbers.step - 1), numbers.ended)
+            found = {"loss": loss, "grad_norm": norm, "learning_rate": numbers.learning_rate}
+            state.log_history.append(found | {"step": numbers.step})
+            self.progress.update(
+                numbers.step,
+                loss=loss,
+                learning_rate=numbers.learning_rate,
+                tokens_per_second=self.pace.tokens_per_second,
+            )
 
     def on_log(
         self,
@@ -75,24 +109,12 @@ class Conduct(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        logs = logs or {}
-        loss = logs.get("eval_loss", logs.get("loss", 0.0))
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss after step {state.global_step} is not finite; lower LEARNING_RATE "
-                "(the checkpoint before it is kept)"
-            )
-        if "eval_loss" in logs:
-            self.held_out_loss[state.global_step] = logs["eval_loss"]
-            self.progress.update(state.global_step, held_out_loss=logs["eval_loss"])
-            self.began = time.monotonic()
-        elif "loss" in logs:
-            self.progress.update(
-                state.global_step,
-                loss=logs["loss"],
-                learning_rate=logs["learning_rate"],
-                tokens_per_second=self.tokens / max(self.seconds, 1e-9),
-            )
+        if logs and "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            _check(f"the loss after step {state.global_step}", loss)
+            self.held_out_loss[state.global_step] = loss
+            self.progress.update(state.global_step, held_out_loss=loss)
+            self.pace.begin()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,9 +123,16 @@ class Conduct(TrainerCallback):
         self.saved(
             Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
         )
-        self.began = time.monotonic()
-        self.saved_step, self.next_save = step, self.began + SAVE_SECONDS
+        self.pace.begin()
+        self.saved_step, self.next_save = step, time.monotonic() + SAVE_SECONDS
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a step was to be evaluated and was not: to go on from there would lose its measure."""
         return self.evaluates and step in self.evaluate_at and step not in self.held_out_loss
+
+
+def _check(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise Diverged(
+            f"{what} is not finite; lower LEARNING_RATE (the checkpoint before it is kept)"
+        )

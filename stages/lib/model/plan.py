@@ -112,6 +112,27 @@ def _adapted(shape: Architecture, setup: Setup) -> dict[str, tuple[int, int]]:
     return {n: s for n, s in shape.projections.items() if every or n in setup.targets}
 
 
+def operations(shape: Architecture, adapter: int, lengths: Iterable[int], learned: int) -> int:
+    """Floating-point operations of some rows' loss and gradient; what is computed twice counts once.
+
+    A product with P parameters takes 2 P a token, and 2 P more for the gradient of its input. So a frozen
+    weight costs 4 a token, one of the head 4 a learned token, and one of the adapter, which has a gradient
+    itself, 6. Attention multiplies each token with itself and all before it, over the width of the queries:
+    2 products forward and 4 backward, of 2 operations an element. What is no product is left out, and a sliding
+    window is not looked at.
+
+    Args:
+        adapter: its parameters. lengths: tokens of each row, [rows]. learned: tokens of all rows with a loss.
+    """
+    tokens = pairs = 0
+    for length in lengths:
+        tokens += length
+        pairs += length * (length + 1) // 2
+    head = shape.vocabulary * shape.width
+    products = (4 * shape.frozen + 6 * adapter) * tokens + 4 * head * learned
+    return products + 6 * 2 * shape.layers * shape.query * pairs
+
+
 def layer_activations(shape: Architecture, setup: Setup) -> int:
     """Bytes that a layer keeps of a token for its backward pass."""
     element = FULL if setup.precision == "fp32" else HALF

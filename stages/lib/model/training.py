@@ -17,11 +17,22 @@ from transformers import (
 
 from stages.lib.model import adapter, history, load
 from stages.lib.model.conduct import Conduct
-from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, lay_out, mean_nll, nll_sum
-from stages.lib.model.optimizer import Flat
+from stages.lib.model.loss import (
+    Plan,
+    Rows,
+    Shape,
+    held_out_bins,
+    lay_out,
+    mean_nll,
+    nll_sum,
+    pinned,
+    to,
+)
+from stages.lib.model.optimizer import Flat, unhurried
+from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
 from stages.lib.run import preemption
-from stages.lib.run.exits import TryAgain
+from stages.lib.run.exits import Diverged, TryAgain
 from stages.lib.run.progress import Progress
 
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
@@ -31,11 +42,20 @@ EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
 class Bins(torch.utils.data.Dataset[dict[str, Any]]):
     """The run's bins as batches; each knows its step, its place there, and the step's learned tokens.
 
-    A thread lays out the next step's bins while this one's are computed.
+    A thread lays out the next step's bins while this one's are computed, where the GPU can fetch them.
+
+    Args:
+        shape: see `train`. operations: of rows with these lengths and so many learned tokens.
     """
 
-    def __init__(self, plan: Plan, rows: Rows, shape: Shape | None) -> None:
-        self.plan, self.rows, self.shape = plan, rows, shape
+    def __init__(
+        self,
+        plan: Plan,
+        rows: Rows,
+        shape: Shape | None,
+        operations: Callable[[list[int], int], int],
+    ) -> None:
+        self.plan, self.rows, self.shape, self.operations = plan, rows, shape, operations
         self._step_tokens: tuple[int, int] = (-1, 0)
         self._ahead: dict[int, Future[dict[str, Any]]] = {}
         self._thread = ThreadPoolExecutor(1, "bins")
@@ -55,7 +75,7 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
     def _lay_out(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, self.plan.bins_per_step)
         batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
-        return batch | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
+        return pinned(batch) | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
 
     def _tokens(self, step: int) -> int:
         if self._step_tokens[0] != step:
@@ -65,9 +85,11 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
             self._step_tokens = (step, tokens)
         return self._step_tokens[1]
 
-    def tokens(self, step: int) -> int:
-        """All tokens of a step."""
-        return sum(int(self.rows.lengths[self.plan.rows(b)].sum()) for b in self.plan.step(step))
+    def work(self, step: int) -> tuple[int, int]:
+        """Tokens of a step, and floating-point operations, or 0 where those are not known."""
+        rows = np.concatenate([self.plan.rows(b) for b in self.plan.step(step)])
+        lengths = self.rows.lengths[rows].tolist()
+        return sum(lengths), self.operations(lengths, int(self.rows.trained[rows].sum()))
 
 
 class LoraTrainer(Trainer):
@@ -83,25 +105,42 @@ class LoraTrainer(Trainer):
         bins: Bins,
         held_out: Rows,
         rate: Callable[[int, int], float],
+        longest_gradient: float,
     ) -> None:
         # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
         super().__init__(model=quick.tuned, args=arguments, compute_loss_func=nll_sum)
         self.quick, self.bins, self.held_out, self.rate = quick, bins, held_out, rate
+        self.longest_gradient = longest_gradient
+        self.step_loss: torch.Tensor
 
     def get_train_dataloader(self) -> Any:
-        """The bins in their order; a batch is one bin."""
+        """The bins in their order; a batch is one bin.
+
+        They are on the device when Trainer gets them, because its own copy waits for the GPU.
+        """
         return torch.utils.data.DataLoader(
-            self.bins, batch_size=1, collate_fn=lambda batch: batch[0]
+            self.bins, batch_size=1, collate_fn=lambda batch: to(batch[0], self.args.device)
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, on the adapter as one tensor."""
-        flat = Flat(adapter.trainable(self.model))
+        self.flat = Flat(adapter.trainable(self.model), self.longest_gradient)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
-        self.optimizer = kind([flat.parameter], **options)
-        self.optimizer.register_step_pre_hook(flat.gather)
+        self.optimizer = unhurried(kind)([self.flat.parameter], **options)
+        self.optimizer.register_step_pre_hook(self.flat.gather)
         return self.optimizer
+
+    def numbers(self) -> torch.Tensor:
+        """[2], on the device: the last step's loss in nats, and the norm of its gradient."""
+        return torch.stack([self.step_loss, self.flat.norm])
+
+    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
+        """None of Trainer's own, which it takes over every small tensor: the flat one has it."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not by Trainer, which walks through all parameters for every bin."""
+        return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our own schedule: Trainer's gives the first step of a warm-up a learning rate of 0."""
@@ -119,7 +158,9 @@ class LoraTrainer(Trainer):
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)  # for a base that has dropout of its own
         self.quick.seed.fill_(seed % 2**31)
-        return nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
+        loss = nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
+        self.step_loss = loss.detach() + (self.step_loss if inputs["bin"] else 0)
+        return loss
 
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
         """The held-out loss on the first held-out rows, without keeping logits."""
@@ -132,7 +173,16 @@ class LoraTrainer(Trainer):
         return {"eval_loss": loss}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Only the adapter; Trainer's own way adds a pickle of the arguments, secrets and all."""
+        """Only the adapter; Trainer's own way adds a pickle of the arguments, secrets and all.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if not bool(torch.isfinite(self.flat.parameter).all()):
+            raise Diverged(
+                f"the adapter after step {self.state.global_step} is not finite; lower LEARNING_RATE "
+                "(the checkpoint before it is kept)"
+            )
         adapter.save(self.model, Path(str(output_dir)))
 
 
@@ -153,20 +203,24 @@ def learning_rate(schedule: str, warmup: float, done: int, steps: int) -> float:
 
 
 def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> TrainingArguments:
-    """Trainer's arguments from our settings; saving, evaluating and reporting are the callback's."""
+    """Trainer's arguments from our settings.
+
+    Saving, evaluating and logging are the callback's, and gradients are cut in the optimizer: where Trainer
+    does it, the host waits for the GPU.
+    """
     found = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.bins_per_step,
         num_train_epochs=1,  # of `Bins`, which holds the whole run
         learning_rate=given["learning_rate"],
-        max_grad_norm=given["max_grad_norm"],
+        max_grad_norm=0,
         weight_decay=given["weight_decay"],
         optim=given["optimizer"],
         seed=given["seed"],
         bf16=precision != "fp32",
         use_cpu=load.device().type == "cpu",
-        logging_steps=1,
+        logging_strategy="no",
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
@@ -198,7 +252,7 @@ def train(
         saved: told of every checkpoint: its folder, its step, and its held-out loss in nats, if measured.
 
     Returns:
-        What this attempt measured: speed over its own steps, but for the first two, if there were more.
+        What this attempt measured, see `Pace`.
 
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
@@ -206,23 +260,21 @@ def train(
     done = history.steps_done(resume) if resume else 0
     if done >= plan.steps:
         return {}  # Trainer would take one more step
-    bins = Bins(plan, rows, shape)
+    bins = Bins(plan, rows, shape, counter(quick.tuned))
     rate = functools.partial(learning_rate, recipe["schedule"], recipe["warmup"])
     given = arguments(scratch, plan, quick.precision, **recipe)
-    trainer = LoraTrainer(quick, given, bins, held_out, rate)
+    trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"])
     trainer.remove_callback(PrinterCallback)
     with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
-        conduct = Conduct(bins, len(held_out) > 0, saved, progress)
+        conduct = Conduct(bins, len(held_out) > 0, saved, progress, trainer.numbers)
         trainer.add_callback(conduct)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except TryAgain:
+            conduct.settle(trainer.state)
             step = trainer.state.global_step
             if step > conduct.saved_step and not conduct.owes_evaluation(step):
                 trainer._save_checkpoint(quick.tuned, None)
                 conduct.on_save(trainer.args, trainer.state, trainer.control)
             raise
-    return {
-        "tokens_per_second": round(conduct.tokens / max(conduct.seconds, 1e-9), 1),
-        "train_seconds": round(conduct.warming + conduct.seconds, 3),
-    }
+    return conduct.pace.metrics()

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from stages.lib.model import plan
+from stages.lib.model.loss import lay_out, nll_sum
 from stages.lib.model.plan import Architecture, Choice, Setup
 from tests.decoders import QUICK, make
 
@@ -41,6 +44,29 @@ def test_parameters_are_counted_from_the_config_alone(
     assert plan.adapter_parameters(shape, Setup("bf16", 4, targets)) == learned
     frozen = sum(p.numel() for p in tuned.parameters() if not p.requires_grad and p.ndim == 2)
     assert shape.frozen + shape.words == frozen
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "qwen3"])
+@pytest.mark.parametrize("targets", [QV, ALL])
+def test_operations_are_those_that_torch_counts(family: str, targets: tuple[str, ...]) -> None:
+    """Of plain attention, which multiplies all pairs of tokens, not those alone that count."""
+    tuned = make(QUICK[family], targets="all-linear" if targets == ALL else targets)
+    tuned.set_attn_implementation("eager")
+    tuned.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())
+    tokens, learned = 48, 11
+    batch = lay_out([(np.arange(tokens), np.arange(tokens) >= tokens - learned)])
+    with FlopCounterMode(display=False) as counter:
+        nll_sum(tuned, batch).backward()
+    counts = {str(kind): n for kind, n in counter.get_flop_counts()["Global"].items()}
+
+    shape = Architecture.of(tuned.config.to_dict())
+    assert shape
+    adapter = plan.adapter_parameters(shape, Setup("bf16", 4, targets))
+    whole = plan.operations(shape, adapter, [tokens], learned)
+    pairs = tokens * (tokens + 1) // 2
+    of_pair = (whole - plan.operations(shape, adapter, [1] * tokens, learned)) / (pairs - tokens)
+    assert counts["aten.bmm"] == pytest.approx(of_pair * tokens**2, rel=1e-3)  # and the rotation
+    assert counts["aten.mm"] == pytest.approx(whole - of_pair * pairs)
 
 
 def test_another_kind_of_model_is_not_planned() -> None:

@@ -1,5 +1,6 @@
 """The arithmetic of a step: packing, accumulation, recompute, dropout, resume."""
 
+import json
 import signal
 from collections.abc import Callable
 from itertools import chain
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.lib.data.bins import Schedule
 from stages.lib.model import load, training
@@ -149,17 +151,109 @@ def test_a_resumed_run_is_the_uninterrupted_run(
         assert torch.equal(tensor, resumed[name]), name
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(
+def log(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a checkpoint remembers of the steps, without evaluations."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def test_every_checkpoint_has_all_steps_before_it_after_a_resume_too(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows, folders = some_rows(*range(8, 28)), dict[str, Path]()
+
+    def saved(folder: Path, *_: object) -> None:
+        folders[f"{folder.parent.name}/{folder.name}"] = folder
+
+    run(attach(), rows, 40, 3, tmp_path / "whole", steps=6, saved=saved)
+    resumed = folders["whole/checkpoint-3"]
+    run(attach(), rows, 40, 3, tmp_path / "on", steps=6, saved=saved, resume=resumed)
+    assert list(folders) == [
+        "whole/checkpoint-2", "whole/checkpoint-3", "whole/checkpoint-5", "whole/checkpoint-6",
+        "on/checkpoint-5", "on/checkpoint-6",
+    ]  # fmt: skip
+    whole = log(folders["whole/checkpoint-6"])
+    for name, folder in folders.items():
+        found = log(folder)
+        step = int(name.rpartition("-")[2])
+        assert [entry["step"] for entry in found] == list(range(1, step + 1))
+        assert found == whole[:step]
+    assert len({entry["loss"] for entry in whole}) == 6
+    assert all(entry["grad_norm"] > 0 for entry in whole)
+    assert {entry["learning_rate"] for entry in whole} == {RECIPE["learning_rate"]}
+
+
+def test_the_logged_loss_is_the_mean_over_a_steps_learned_tokens(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows, last = some_rows(14, 10, 12, 8), list[Path]()
+    tuned = attach()
+    total = sum(float(nll_sum(tuned, lay_out([rows[i]])).detach()) for i in range(4))
+    run(attach(), rows, 24, 2, tmp_path, steps=1, saved=lambda f, *_: last.append(f))
+    assert log(last[0])[0]["loss"] == pytest.approx(total / rows.trained.sum(), rel=1e-5)
+
+
+# Of six steps, 2, 3, 5 and 6 are evaluated and saved.
+@pytest.mark.parametrize(
+    ("bad", "kept"), [(1, []), (2, []), (4, [2, 3]), (5, [2, 3]), (6, [2, 3, 5])]
+)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nothing_is_kept_of_a_gradient_that_is_not_finite(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, bad: int,
+    kept: list[int], stopped: bool,
+) -> None:  # fmt: skip
+    """Nor by a signal, on which a step is saved that nobody has looked at yet."""
+    saved: list[Path] = []
+    tuned, steps = attach(), 0
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if stopped and steps == bad:
+            signal.raise_signal(signal.SIGTERM)
+        return gradient * torch.nan if steps == bad else gradient
+
+    next(p for n, p in tuned.named_parameters() if "lora_B" in n).register_hook(spoil)
+    preemption.listen()
+    with pytest.raises(Diverged, match=f"(loss after|gradient of) step {bad} is not finite"):
+        run(
+            tuned, some_rows(*range(8, 28)), 40, 1, tmp_path, steps=6,
+            saved=lambda folder, *_: saved.append(folder),
+        )  # fmt: skip
+    preemption.listen()
+    assert [path.name for path in saved] == [f"checkpoint-{step}" for step in kept]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [p.name for p in saved]
+    for path in saved:
+        for tensor in load_file(path / "adapter_model.safetensors").values():
+            assert torch.isfinite(tensor).all()
+
+
+def test_a_loss_that_is_not_finite_names_its_step(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
 ) -> None:
     tuned = attach()
     with torch.no_grad():
         next(p for n, p in tuned.named_parameters() if "lora_A" in n)[0, 0] = torch.inf
-    before = weights(tuned)
-    with pytest.raises(Diverged, match="not finite"):
+    with pytest.raises(Diverged, match="the loss after step 1 is not finite; lower LEARNING_RATE"):
         run(tuned, some_rows(20), 20, 1, tmp_path)
-    for name, tensor in weights(tuned).items():
-        assert torch.equal(tensor, before[name])
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_an_adapter_that_an_update_threw_out_of_range_is_not_saved(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its losses and gradients were finite, and there is nothing to evaluate it on."""
+    rows = some_rows(20)
+    plan = Schedule(rows.lengths, 20, 1, 1, 1, 0)
+    quick = Quick(attach(), "fp32")
+    quick.arrange(0)
+    recipe = RECIPE | {"learning_rate": 1e10, "weight_decay": 1e30}  # beyond fp32 together
+    with pytest.raises(Diverged, match="the adapter after step 1 is not finite"):
+        training.train(
+            quick, plan, rows, type(rows)([]), quick.shape(rows.lengths, 20), tmp_path, recipe,
+            resume=None, saved=lambda *_: None,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("checkpoint-*/*"))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
