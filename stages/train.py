@@ -100,8 +100,10 @@ from stages.lib.run.values import Names, Number
     help="Tokens a forward pass; BATCH_TOKENS is a multiple. [default: the largest that fits]",
 )  # fmt: skip
 @setting(
-    "--recompute", "RECOMPUTE", type=click.Choice(["auto", "all", "none"]), default="auto",
-    help="Gradient checkpointing: activations computed again; auto only where memory asks for it.",
+    "--recompute", "RECOMPUTE", default="auto",
+    type=click.Choice(["auto", "all", "none", "offload"]),
+    help="Gradient checkpointing: activations computed again; offload has part of them in the host's memory "
+    "instead; auto does what memory asks for.",
 )  # fmt: skip
 @options.seed
 @run_options
@@ -145,7 +147,8 @@ def train(
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, ceiling, history, load, memory, training
-        from stages.lib.model.plan import Choice, Setup
+        from stages.lib.model.architecture import Setup
+        from stages.lib.model.plan import Choice
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)

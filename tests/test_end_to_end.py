@@ -210,6 +210,20 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert all(entry.keys() == {"step", "loss", "learning_rate", "grad_norm"} for entry in steps)
 
 
+def test_a_run_that_offloads_ends_in_the_same_adapter(smoke: Path, tmp_path: Path) -> None:
+    """Byte for byte, and its manifest says how it went."""
+    shutil.copytree(smoke / "run" / "data", tmp_path / "run" / "data")
+    done = run_stages(
+        tmp_path, *SMOKE, "train", "--run-dir", "run", "--recompute", "offload",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, wanted = (manifest(folder / "run" / "adapter") for folder in (tmp_path, smoke))
+    assert (found["metrics"]["offloaded_layers"], wanted["metrics"]["offloaded_layers"]) == (30, 0)
+    assert found["metrics"]["lean_layers"] == found["metrics"]["recomputed_layers"] == 0
+    name = "adapter_model.safetensors"
+    assert found["files"][name] == wanted["files"][name]
+
+
 def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:
     from bitsandbytes.nn import Linear4bit
 

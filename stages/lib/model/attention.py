@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.lib.model.casting import cast
+from stages.lib.model.selective import Held
 
 NAME = "packed"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask for beyond the softmax
@@ -31,7 +32,7 @@ def attend(
     wanted = [name for name in UNKNOWN if options.get(name) is not None]
     if wanted:
         raise NotImplementedError(f"attention with {wanted[0]}")
-    query, key, value = cast(query, key, value)
+    query, key, value = hold(module, *cast(query, key, value))
     several = query.shape[1] // key.shape[1]
     if not query.is_cuda or query.dtype == torch.float32:
         key, value = (t.repeat_interleave(several, 1) for t in (key, value))
@@ -52,6 +53,12 @@ def attend(
         q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(before, 0), **grouped
     )
     return found[None], None
+
+
+def hold(module: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What attention reads, marked to be kept for the backward pass where the module says so."""
+    held = getattr(module, "held", False)
+    return tuple(Held.apply(t) for t in inputs) if held else inputs
 
 
 def _side_by_side(

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.lib.model import fp8, load, plan
+from stages.lib.model import fp8, host, load, plan
+from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum, to
-from stages.lib.model.plan import Architecture, Choice, Setup
+from stages.lib.model.offload import Unpinned
+from stages.lib.model.plan import Choice
 from stages.lib.model.quick import Quick
 from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
@@ -60,7 +62,7 @@ def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompu
     possible = ["bf16", "nf4"]
     if torch.cuda.get_device_capability() >= fp8.CAPABILITY:
         possible.insert(0, "fp8")
-    found = plan.precision(shape, setup, cuts, room(), recompute, possible)
+    found = plan.precision(shape, setup, cuts, room(), recompute, possible, host.room())
     say(
         f"BASE_PRECISION is {found}: the fastest of {', '.join(possible)} in the {memory} of {name}"
     )
@@ -74,7 +76,7 @@ def prepare(
 
     Args:
         lengths: tokens of all rows that it will see, [rows]. cuts: see `sizes`.
-        recompute: `auto`, `none` or `all`. cut: the only one that may be, where a run is resumed.
+        recompute: `auto`, `none`, `all` or `offload`. cut: the only one that may be, where a run is resumed.
 
     Raises:
         OutOfMemory: none fits.
@@ -102,7 +104,16 @@ def _candidates(
     """
     layers = len(quick.layers) or 1
     if quick.packed and shape and torch.cuda.is_available():
-        found = plan.choices(shape, setup, cuts, room(), recompute)
+        # What is not compiled computes all of a layer again, and has but its input on the host.
+        spare = host.room() if quick.compiles or recompute == "offload" else 0
+        found = plan.choices(shape, setup, cuts, room(), recompute, spare)
+        if recompute == "offload":
+            if not found:
+                say(
+                    f"the {spare / 2**30:.1f} GiB that the host can spare are too few to offload to: "
+                    "all layers recompute instead"
+                )
+            found += plan.choices(shape, setup, cuts, room(), "all")
         if not found:
             least = plan.predict(shape, setup, cuts[-1], 0 if recompute == "none" else layers)
             raise OutOfMemory(
@@ -114,7 +125,8 @@ def _candidates(
     # Without a plan: recomputing costs a third of the speed, a pass of 4k instead of 16k tokens hardly any.
     none, every = ([Choice(size, number) for size in cuts] for number in (0, layers))
     fast = [choice for choice in none if choice.tokens >= min(cuts[0], 4096)]
-    return {"none": none, "all": every, "auto": [*fast, *every]}[recompute]
+    away = [Choice(size, 0, offloaded=layers) for size in cuts] if quick.packed else every
+    return {"none": none, "all": every, "auto": [*fast, *every], "offload": away}[recompute]
 
 
 def fit(quick: Quick, lengths: Ints, found: Sequence[Choice]) -> Choice:
@@ -127,31 +139,30 @@ def fit(quick: Quick, lengths: Ints, found: Sequence[Choice]) -> Choice:
     """
     for choice in found:
         if not torch.cuda.is_available():
-            quick.arrange(choice.recomputed)
+            quick.arrange(choice.recomputed, choice.offloaded, choice.lean)
             return choice
         if _passes(quick, lengths, choice):
             return choice
         say(
-            f"a pass of {choice.tokens} tokens that recomputes {choice.recomputed} layers does not fit this "
-            "GPU, next to what else is on it; trying the next smaller one"
+            f"{choice} does not fit this machine, next to what else is on it; trying the next smaller one"
         )
     expected = f" ({found[-1].memory})" if found[-1].memory else ""
     raise OutOfMemory(
         f"not even a pass of {found[-1].tokens} tokens fits this GPU{expected}; choose BASE_PRECISION=nf4, "
-        "RECOMPUTE=all, or a smaller MAX_LENGTH and MICRO_BATCH_TOKENS"
+        "RECOMPUTE=offload, or a smaller MAX_LENGTH and MICRO_BATCH_TOKENS"
     )
 
 
 def _passes(quick: Quick, lengths: Ints, choice: Choice) -> bool:
     """Whether a full bin fits, compiled if that can be done."""
     try:
-        quick.arrange(choice.recomputed)
+        quick.arrange(choice.recomputed, choice.offloaded, choice.lean)
         return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         say(f"the layers cannot be compiled here ({reason}): they run as they are, and slower")
         quick.compiles = False
-        quick.arrange(choice.recomputed)
+        quick.arrange(choice.recomputed, choice.offloaded, choice.lean)
         return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)
 
 
@@ -175,7 +186,7 @@ def _fits(quick: Quick, shape: Shape | None, size: int) -> bool:
                 loss = nll_sum(tuned, batch)
             loss.backward()
         return True
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Unpinned):
         return False
     finally:
         tuned.zero_grad(set_to_none=True)

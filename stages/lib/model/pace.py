@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from stages.lib.model import plan
+from stages.lib.model.architecture import Architecture
 from stages.lib.model.pending import Moment
 
 WARM_STEPS = 2  # of an attempt, in which the compiler and the allocator are still at work
@@ -60,7 +61,7 @@ def counter(tuned: Any) -> Callable[[list[int], int], int]:
 
     Always 0 where the model is made of other products than the plan says.
     """
-    shape = plan.Architecture.of(tuned.config.to_dict())
+    shape = Architecture.of(tuned.config.to_dict())
     head = tuned.get_base_model().get_output_embeddings()
     frozen = sum(
         module.in_features * module.out_features

@@ -4,82 +4,22 @@ The activations of a layer are counted as what its backward pass reads again; ag
 within 10 % (tests/lib/model/test_plan.py has them).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from stages.lib.model.architecture import HALF, Architecture, Setup
+from stages.lib.model.carrying import RESIDENT, SLOWER, again, carried, host, leanest
 
 # Bytes of a frozen weight. FP8 is laid out twice, once for each direction; NF4 has its scales beside it.
 WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 OPTIMIZER = {"adamw_torch": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
 MASTER, GRADIENT, FLAT_GRADIENT = 4, 4, 4  # of an adapter's parameter, in fp32
-HALF, FULL = 2, 4
 LOSS_CHUNK = 2048  # tokens whose logits exist at a time
 IN_HAND = 1.65  # of a layer's activations: what its own recompute and backward pass hold
-KEYS = {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-}  # fmt: skip
-PASS = 150  # tokens that could be computed in the time that starting a pass takes
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes of a Llama-like decoder: widths in elements."""
-
-    width: int
-    layers: int
-    query: int
-    key: int
-    wide: int
-    vocabulary: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Architecture | None":
-        """From a config as transformers writes it, all keys filled in; None if it is not Llama-like."""
-        if not config.keys() >= KEYS:
-            return None
-        heads = config["num_attention_heads"]
-        head = config.get("head_dim") or config["hidden_size"] // heads
-        return cls(
-            config["hidden_size"], config["num_hidden_layers"], heads * head,
-            (config.get("num_key_value_heads") or heads) * head, config["intermediate_size"],
-            config["vocab_size"], bool(config.get("tie_word_embeddings")),
-        )  # fmt: skip
-
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each projection of a layer."""
-        return {
-            "q_proj": (self.query, self.width), "k_proj": (self.key, self.width),
-            "v_proj": (self.key, self.width), "o_proj": (self.width, self.query),
-            "gate_proj": (self.wide, self.width), "up_proj": (self.wide, self.width),
-            "down_proj": (self.width, self.wide),
-        }  # fmt: skip
-
-    @property
-    def frozen(self) -> int:
-        """Elements of all projections."""
-        return self.layers * sum(out * into for out, into in self.projections.values())
-
-    @property
-    def words(self) -> int:
-        """Elements of the embeddings and the head."""
-        return self.vocabulary * self.width * (1 if self.tied else 2)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A run's choices that memory depends on.
-
-    Args:
-        targets: names of the adapted projections, or `all-linear`. unpacked: NF4 also as bf16.
-    """
-
-    precision: str
-    rank: int
-    targets: tuple[str, ...]
-    optimizer: str = "adamw_8bit"
-    unpacked: bool = False
+# Tokens that could be computed in the time that starting a pass takes; NF4's weights are dequantised in each:
+# 84 us a token in passes of 4,096 tokens, 77 in passes of 8,192, on an H200.
+PASS, NF4_PASS = 150, 1150
 
 
 @dataclass(frozen=True)
@@ -135,7 +75,6 @@ def operations(shape: Architecture, adapter: int, lengths: Iterable[int], learne
 
 def layer_activations(shape: Architecture, setup: Setup) -> int:
     """Bytes that a layer keeps of a token for its backward pass."""
-    element = FULL if setup.precision == "fp32" else HALF
     adapted = _adapted(shape, setup)
     kept = 2 * shape.width  # the layer's input, and what it is after attention
     kept += shape.query + 2 * shape.key  # q, k, v
@@ -143,21 +82,28 @@ def layer_activations(shape: Architecture, setup: Setup) -> int:
     kept += 2 * shape.wide  # gate and up
     kept += sum(into for _, into in adapted.values())  # each adapter's input with its own dropout
     kept += shape.wide if "down_proj" in adapted else 0
-    return element * kept
+    return setup.element * kept
 
 
-def predict(shape: Architecture, setup: Setup, tokens: int, recomputed: int) -> Memory:
-    """The peak of a training step.
+def predict(
+    shape: Architecture, setup: Setup, tokens: int, recomputed: int, offloaded: int = 0
+) -> Memory:
+    """The peak of a training step on the GPU.
 
     Args:
         tokens: of a forward pass. recomputed: the first layers, so many, keep their input alone.
+        offloaded: or the first layers, so many, keep what they do on the host.
     """
-    element = FULL if setup.precision == "fp32" else HALF
+    element = setup.element
     weights = shape.frozen * (WEIGHT[setup.precision] + (HALF if setup.unpacked else 0))
     learned = adapter_parameters(shape, setup)
     layer = layer_activations(shape, setup)
     # The first layers are those that recompute: when it is their turn, the others' activations are gone.
-    most = max(layer * (shape.layers - recomputed), layer * IN_HAND if recomputed else 0)
+    most: float = max(layer * (shape.layers - recomputed), layer * IN_HAND if recomputed else 0)
+    if offloaded:
+        whole: float = layer * (shape.layers - offloaded)
+        whole += layer * (IN_HAND - 1) + RESIDENT * carried(shape, setup) if whole else 0
+        most = max(whole, layer * IN_HAND + carried(shape, setup))  # the next one's is on its way
     chunk = min(tokens, LOSS_CHUNK)
     return Memory(
         weights=int(weights + element * shape.words),
@@ -170,57 +116,98 @@ def predict(shape: Architecture, setup: Setup, tokens: int, recomputed: int) -> 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the work is cut: tokens of a forward pass, layers that recompute, and what that takes, if known."""
+    """How the work is cut, and what that takes, if known.
+
+    Args:
+        tokens: of a forward pass. recomputed: layers that keep their input alone. offloaded: or layers that
+            keep their part on the host. lean: of these, layers that compute q, k and v again.
+        cost: time a token, against a pass without limits.
+    """
 
     tokens: int
     recomputed: int
     memory: Memory | None = None
+    offloaded: int = 0
+    lean: int = 0
+    cost: float = 1.0
 
     def facts(self) -> dict[str, int]:
         """What a checkpoint remembers of it."""
-        return {"bin_tokens": self.tokens, "recomputed_layers": self.recomputed}
+        return {
+            "bin_tokens": self.tokens, "recomputed_layers": self.recomputed,
+            "offloaded_layers": self.offloaded, "lean_layers": self.lean,
+        }  # fmt: skip
 
     @classmethod
     def kept(cls, metrics: Mapping[str, Any]) -> "Choice":
         """From a checkpoint's metrics."""
-        return cls(metrics["bin_tokens"], metrics["recomputed_layers"])
+        offloaded, lean = (metrics.get(name, 0) for name in ("offloaded_layers", "lean_layers"))
+        return cls(
+            metrics["bin_tokens"], metrics["recomputed_layers"], offloaded=offloaded, lean=lean
+        )
 
-    def cost(self, layers: int) -> float:
-        """Time a token, against a pass without limits: a forward pass is a third of the work."""
-        return 1 + self.recomputed / layers / 3 + PASS / self.tokens
+    def __str__(self) -> str:
+        work = f"a pass of {self.tokens} tokens that "
+        if self.offloaded:
+            return f"{work}keeps what {self.offloaded} layers need on the host"
+        return f"{work}recomputes {self.recomputed} layers"
 
 
 def choices(
-    shape: Architecture, setup: Setup, sizes: Iterable[int], room: int, recompute: str
-) -> list[Choice]:
+    shape: Architecture, setup: Setup, sizes: Iterable[int], room: int, recompute: str, spare: int = 0
+) -> list[Choice]:  # fmt: skip
     """What fits, from the fastest on.
 
     Args:
-        sizes: tokens of a forward pass that may be. room: bytes of the GPU. recompute: `auto`, `none` or `all`.
+        sizes: tokens of a forward pass that may be. room: bytes of the GPU. recompute: `auto`, `none`, `all` or
+            `offload`. spare: bytes of the host that may be taken.
     """
-    layers = shape.layers
-    numbers = {"auto": range(layers + 1), "none": range(1), "all": range(layers, layers + 1)}
     found = []
     for size in sizes:
-        for recomputed in numbers[recompute]:
-            memory = predict(shape, setup, size, recomputed)
-            if memory.total <= room:
-                found.append(Choice(size, recomputed, memory))
-                break
-    return sorted(found, key=lambda choice: choice.cost(layers))
+        for cuts in _cuts(shape, setup, size, recompute):
+            fitting = (c for c in cuts if c.memory and c.memory.total <= room)
+            found += [
+                c for c in fitting if c.tokens * host(shape, setup, c.offloaded, c.lean) <= spare
+            ][:1]
+    return sorted(found, key=lambda choice: choice.cost)
 
 
-# Time a token at the 7B shape on an H200, against FP8; NF4 takes what bf16 does, and a little more.
-SLOWER = {"fp8": 1.0, "bf16": 1.5, "nf4": 1.55}
+def _cuts(
+    shape: Architecture, setup: Setup, size: int, recompute: str
+) -> Iterator[Iterator[Choice]]:
+    """Passes of one size that recompute, and passes that offload, each from the fastest on."""
+    layers = shape.layers
+    numbers = {"auto": range(layers + 1), "none": range(1), "all": range(layers, layers + 1)}
+    yield (
+        Choice(size, n, predict(shape, setup, size, n), cost=_cost(setup, size, n / layers))
+        for n in numbers.get(recompute, ())
+    )
+    numbers = {"auto": range(RESIDENT + 1, layers + 1), "offload": range(layers, layers + 1)}
+    yield (offloading(shape, setup, size, n) for n in numbers.get(recompute, ()))
+
+
+def offloading(shape: Architecture, setup: Setup, tokens: int, offloaded: int) -> Choice:
+    """A pass whose first layers, so many, keep their part on the host."""
+    lean = leanest(shape, setup, offloaded)
+    twice = lean * again(shape, True) + (offloaded - lean) * again(shape, False)
+    memory = predict(shape, setup, tokens, 0, offloaded)
+    return Choice(tokens, 0, memory, offloaded, lean, _cost(setup, tokens, twice / shape.layers))
+
+
+def _cost(setup: Setup, tokens: int, twice: float) -> float:
+    """Of a pass that computes a share of its products twice; a forward pass is a third of the work."""
+    packed = setup.precision == "nf4" and not setup.unpacked
+    return 1 + twice / 3 + (NF4_PASS if packed else PASS) / tokens
 
 
 def precision(
-    shape: Architecture, setup: Setup, sizes: Sequence[int], room: int, recompute: str, possible: Iterable[str]
+    shape: Architecture, setup: Setup, sizes: Sequence[int], room: int, recompute: str, possible: Iterable[str],
+    spare: int = 0,
 ) -> str:  # fmt: skip
     """The fastest of the possible precisions that fits; `nf4`, the smallest, if none does."""
     times = {}
     for name in possible:
-        found = choices(shape, replace(setup, precision=name), sizes, room, recompute)
+        found = choices(shape, replace(setup, precision=name), sizes, room, recompute, spare)
         if found:
-            times[name] = SLOWER[name] * found[0].cost(shape.layers)
+            times[name] = SLOWER[name] * found[0].cost
     return min(times, key=lambda name: times[name], default="nf4")

@@ -10,8 +10,18 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from stages.lib.model import attention, cross_entropy, load, lora, nf4, projections
+from stages.lib.model import (
+    attention,
+    carrying,
+    cross_entropy,
+    load,
+    lora,
+    nf4,
+    projections,
+    selective,
+)
 from stages.lib.model.loss import Row, Shape, lay_out, nll_sum, to
+from stages.lib.model.offload import Offload
 
 # Decoders whose attention is a causal softmax and nothing beyond it, and whose layers have Llama's names.
 KNOWN = {
@@ -45,7 +55,9 @@ class Quick:
             self.remarks.append(f"{why}: it trains as transformers and peft have it")
         self.packed = not why
         self.compiles = self.packed and load.device().type == "cuda" and precision != "int8"
+        self.backend = "inductor"
         self.layers: list[tuple[Any, Any]] = []
+        self.traffic: Offload | None = None
         if self.packed:
             _let_gradients_in(self.causal)
             lora.lighten(tuned, self.seed)
@@ -107,26 +119,61 @@ class Quick:
             yield
         self.tuned.train(was_training)
 
-    def arrange(self, recomputed: int) -> None:
-        """Compile the layers, where that pays; the first `recomputed` keep no activations but their input."""
+    def arrange(self, recomputed: int, offloaded: int = 0, lean: int = 0) -> None:
+        """Compile the layers, where that pays, and say what they keep.
+
+        Args:
+            recomputed: the first layers, so many, keep their input alone. offloaded: or they keep it, and what
+                attention read and wrote, on the host. lean: of those so many keep not what attention read.
+        """
         if not self.packed:
-            if recomputed:
+            if recomputed or offloaded:
                 load.recompute(self.tuned)
             return
+        away = [layer for layer, _ in self.layers[:offloaded]]
+        self.traffic = Offload(away, self.causal.device) if away else None
         for place, (layer, plain) in enumerate(self.layers):
-            step = torch.compile(plain, fullgraph=True, dynamic=False) if self.compiles else plain
-            again = place < recomputed
-            layer.forward = functools.partial(_again, layer, step) if again else step
+            step = self._compiled(plain)
+            layer.forward = step
+            full = place < offloaded and not carrying.is_lean(place, offloaded, lean)
+            layer.self_attn.held = full and self.compiles
+            if self.traffic and place < offloaded:
+                again = (
+                    selective.step(plain, self.backend) if self.compiles else _checkpointed(step)
+                )
+                layer.forward = functools.partial(
+                    _offloaded, layer, step, again, self.traffic, place
+                )
+            elif place < recomputed:
+                layer.forward = functools.partial(_again, layer, step)
+
+    def _compiled(self, plain: Any) -> Any:
+        if not self.compiles:
+            return plain
+        return torch.compile(plain, fullgraph=True, dynamic=False, backend=self.backend)
 
 
 def _probe() -> list[Row]:
     return [(np.arange(3, 3 + n, dtype=np.int64), np.ones(n, bool)) for n in PROBE]
 
 
+def _checkpointed(step: Any) -> Any:
+    return functools.partial(torch.utils.checkpoint.checkpoint, step, use_reentrant=False)
+
+
 def _again(layer: Any, step: Any, hidden: torch.Tensor, **options: Any) -> Any:
     if not (layer.training and torch.is_grad_enabled()):
         return step(hidden, **options)
-    return torch.utils.checkpoint.checkpoint(step, hidden, use_reentrant=False, **options)
+    return _checkpointed(step)(hidden, **options)
+
+
+def _offloaded(
+    layer: Any, step: Any, again: Any, traffic: Offload, place: int, hidden: torch.Tensor, **options: Any
+) -> Any:  # fmt: skip
+    if not (layer.training and torch.is_grad_enabled()):
+        return step(hidden, **options)
+    with traffic.around(place, options):
+        return again(hidden, **options)
 
 
 def _forward(

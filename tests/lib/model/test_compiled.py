@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface
 
-from stages.lib.model import attention, fp8, load
+from stages.lib.model import attention, carrying, fp8, load, offload
+from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum
 from stages.lib.model.quick import Quick
 from tests.decoders import QUICK, error, gradients, make, some
@@ -18,6 +19,7 @@ from tests.lib.model.test_nf4 import convert as to_nf4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 128
+MORE = {"gemma3": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}}
 CONVERT = {"fp32": None, "bf16": None, "fp8": fp8.convert, "nf4": to_nf4}
 
 
@@ -31,7 +33,7 @@ def masked(
     behind = at[:, None] - at
     mask = (row[:, None] == row) & (behind >= 0) & (behind < (sliding_window or len(at)))
     kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
-    q, k, v = (t.to(kind) for t in (query, key, value))
+    q, k, v = attention.hold(module, *(t.to(kind) for t in (query, key, value)))
     found = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2).contiguous(), None
 
@@ -102,6 +104,57 @@ def test_all_layers_and_bins_share_one_graph(
     for (loss, of_loss), (wanted, of_wanted) in zip(compiled, eager, strict=True):
         assert error(loss, wanted) < close
         assert error(of_loss, of_wanted) < close
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("llama3", "fp32"), ("llama2", "nf4"), ("qwen3", "bf16"), ("gemma3", "bf16"), ("phi3", "nf4"),
+        ("phi", "nf4"), ("olmo2", "nf4"), ("llama3", "fp8"),
+    ],
+)  # fmt: skip
+def test_offloaded_layers_keep_what_is_planned_and_give_the_same_gradients(
+    family: str, precision: str, compiled_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some keep q, k and v, a lean one does not: two graphs, and of each layer no other tensor on the host."""
+    monkeypatch.setattr(offload, "LEAST", 1)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    described = QUICK[family] | {"num_hidden_layers": 5} | MORE.get(family, {})
+    tuned = make(described, dtype=dtype, dropout=0.1, convert=CONVERT[precision])
+    quick = Quick(tuned, precision)
+    AttentionInterface.register(attention.NAME, masked)
+    quick.compiles, quick.backend = True, "aot_eager"
+    batch = lay_out(some(40, 23, 5), Shape(40, False, TOKENS))
+    torch._dynamo.mark_dynamic(batch["bounds"], 0)
+    autocast = contextlib.nullcontext() if precision == "fp8" else load.compute(precision)
+
+    def walk() -> Any:
+        with autocast:
+            return nll_sum(tuned, batch)
+
+    quick.arrange(0)
+    wanted = walk()
+    of_wanted = gradients(tuned, wanted)
+    before = counters["stats"]["unique_graphs"]
+    quick.arrange(0, 5, 1)
+    loss = walk()
+    assert quick.traffic
+    quick.traffic.settle()
+    shape = Architecture.of(tuned.config.to_dict())
+    assert shape
+    setup = Setup(precision, 4, ("all-linear",))
+    normaliser = 3 * 4 * tuned.config.num_attention_heads
+    small = 3 * 2 * 4  # what a norm kept of a token
+    taken = quick.traffic.host.taken / TOKENS - normaliser
+    assert 0 <= taken - carrying.host(shape, setup, 5, 1) <= small
+    assert torch.equal(loss, wanted)
+    found = gradients(tuned, loss)
+    for name, gradient in of_wanted.items():
+        assert torch.equal(found[name], gradient), name
+    types = getattr(tuned.config, "layer_types", None) or [None] * 5
+    held = [layer.self_attn.held for layer, _ in quick.layers]
+    assert held.count(False) == 1
+    assert counters["stats"]["unique_graphs"] - before == len(set(zip(types, held, strict=True)))
 
 
 def test_a_mask_of_all_tokens_says_the_same_as_the_bounds() -> None:

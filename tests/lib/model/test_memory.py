@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from stages.lib.model import memory
-from stages.lib.model.plan import Choice, Setup
+from stages.lib.model.architecture import Setup
+from stages.lib.model.plan import Choice
 from stages.lib.model.quick import Quick
-from tests.decoders import QUICK, make, quick_sum, some
+from tests.decoders import PLAIN, QUICK, make, quick_sum, some
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,24 @@ def test_on_a_cpu_the_first_cut_is_taken_and_a_resumed_run_keeps_its_own() -> No
     quick, choice = memory.prepare(make(QUICK["llama2"]), setup, lengths, [128], "auto", kept)
     assert choice == kept
     assert [layer.forward for layer, plain in quick.layers] != [p for _, p in quick.layers]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "recomputed", "offloaded"), [("none", 0, 0), ("all", 2, 0), ("offload", 0, 2)]
+)
+def test_what_was_asked_for_is_done(recompute: str, recomputed: int, offloaded: int) -> None:
+    setup, lengths = Setup("fp32", 4, ("all-linear",)), np.array([40, 20])
+    quick, choice = memory.prepare(make(QUICK["llama2"]), setup, lengths, [64], recompute, None)
+    assert (choice.recomputed, choice.offloaded) == (recomputed, offloaded)
+    assert (quick.traffic is not None) == bool(offloaded)
+
+
+def test_a_model_that_is_not_known_recomputes_instead_of_offloading() -> None:
+    setup, lengths = Setup("fp32", 4, ("all-linear",)), np.array([40, 20])
+    tuned = make(PLAIN["gpt2"][0])
+    _, choice = memory.prepare(tuned, setup, lengths, [64], "offload", None)
+    assert (choice.recomputed, choice.offloaded) == (1, 0)
+    assert tuned.get_base_model().is_gradient_checkpointing
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.lib.model import plan
+from stages.lib.model import carrying, plan
+from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import lay_out, nll_sum
-from stages.lib.model.plan import Architecture, Choice, Setup
+from stages.lib.model.plan import Choice
 from tests.decoders import QUICK, make
 
 LLAMA_2_7B = Architecture(4096, 32, 4096, 4096, 11008, 32000, False)
@@ -16,11 +17,8 @@ QV, ALL = ("q_proj", "v_proj"), ("all-linear",)
 GIB = 2**30
 # Peaks on an H200, torch 2.11, transformers 5.17, 2026-11-23: tokens of a pass, layers recomputed, GiB.
 MEASURED = [
-    (Setup("fp8", 16, QV), 8192, 0, 41.3),
-    (Setup("fp8", 16, QV), 16384, 0, 69.87),
-    (Setup("fp8", 16, ALL), 16384, 0, 104.86),
-    (Setup("nf4", 16, QV, unpacked=True), 16384, 0, 72.89),
-    (Setup("nf4", 16, QV, unpacked=True), 4096, 32, 17.41),
+    (Setup("fp8", 16, QV), 16384, 0, 63.86),
+    (Setup("fp8", 16, ALL), 16384, 0, 79.05),
 ]
 
 
@@ -81,14 +79,14 @@ def choose(room: float, precision: str = "fp8", recompute: str = "auto") -> list
 def test_a_large_gpu_recomputes_nothing_and_a_small_one_as_little_as_will_do() -> None:
     assert choose(130)[0].recomputed == 0
     assert choose(130)[0].tokens == 16384
-    small = choose(16)
+    small = choose(14)
     assert 0 < small[0].recomputed < 32
     for choice in small:
         assert choice.memory
-        assert choice.memory.total <= 16 * GIB
+        assert choice.memory.total <= 14 * GIB
         less = plan.predict(LLAMA_2_7B, Setup("fp8", 16, QV), choice.tokens, choice.recomputed - 1)
-        assert choice.recomputed == 0 or less.total > 16 * GIB
-    assert [c.cost(32) for c in small] == sorted(c.cost(32) for c in small)
+        assert choice.recomputed == 0 or less.total > 14 * GIB
+    assert [c.cost for c in small] == sorted(c.cost for c in small)
 
 
 def test_what_was_set_is_kept_to() -> None:
@@ -112,4 +110,64 @@ def test_the_fastest_precision_that_fits(room: int, possible: Any, found: str) -
 
 
 def test_a_cut_is_remembered_by_a_checkpoint() -> None:
-    assert Choice.kept(Choice(4096, 3).facts()) == Choice(4096, 3)
+    for choice in (Choice(4096, 3), Choice(4096, 0, offloaded=5, lean=2)):
+        assert Choice.kept(choice.facts()) == choice
+    assert Choice.kept({"bin_tokens": 64, "recomputed_layers": 1}) == Choice(64, 1)
+
+
+NF4 = Setup("nf4", 16, QV)
+
+
+def offloads(
+    room: float, spare: float, recompute: str = "auto", setup: Setup = NF4
+) -> list[Choice]:
+    sizes = [16384, 8192, 4096]
+    return plan.choices(LLAMA_2_7B, setup, sizes, int(room * GIB), recompute, int(spare * GIB))
+
+
+def test_a_small_gpu_offloads_rather_than_recompute_where_the_host_has_room() -> None:
+    (away, *_), (again, *_) = offloads(6.7, 64), offloads(6.7, 0)
+    assert (away.tokens, away.recomputed) == (8192, 0)
+    assert 0 < away.offloaded <= 32
+    assert again.offloaded == 0
+    assert again.recomputed > 0
+    assert away.cost < again.cost
+    assert away.memory
+    assert away.memory.total <= 6.7 * GIB
+    less = plan.predict(LLAMA_2_7B, NF4, 8192, 0, away.offloaded - 1)
+    assert less.total > 6.7 * GIB
+    need = 8192 * carrying.host(LLAMA_2_7B, NF4, away.offloaded, away.lean) / GIB
+    assert offloads(6.7, need - 0.1)[0] != away
+
+
+def test_a_large_gpu_offloads_nothing() -> None:
+    assert offloads(130, 500)[0].offloaded == 0
+
+
+def test_who_asks_for_offloading_gets_it_for_all_layers_and_others_do_not() -> None:
+    for room in (10, 130):
+        assert {c.offloaded for c in offloads(room, 64, "offload")} == {32}
+        assert not [
+            c for c in offloads(room, 64, "all") + offloads(room, 64, "none") if c.offloaded
+        ]
+    assert offloads(130, 1, "offload") == []
+
+
+@pytest.mark.parametrize(("precision", "keeps_up"), [("nf4", True), ("fp8", False)])
+def test_lean_layers_are_as_few_as_let_the_copies_keep_up(precision: str, keeps_up: bool) -> None:
+    """FP8 computes too fast for 7B's own q, k and v to be carried: that costs the most lean layers."""
+    setup = Setup(precision, 16, QV)
+    lean = carrying.leanest(LLAMA_2_7B, setup, 32)
+    assert (0 < lean < 15) if keeps_up else (15 < lean <= 30)
+    places = [carrying.is_lean(place, 32, lean) for place in range(32)]
+    assert sum(places) == lean
+    assert places[30:] == [False, False], "these keep theirs on the device"
+    grouped = Architecture(4096, 32, 4096, 1024, 14336, 128256, False)
+    assert carrying.leanest(grouped, Setup("nf4", 16, QV), 32) == 0
+    assert carrying.leanest(LLAMA_2_7B, setup, 2) == 0
+
+
+def test_what_is_computed_again_is_counted() -> None:
+    products = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert carrying.again(LLAMA_2_7B, False) * products == 4096 * 4096 + 2 * 4096 * 11008
+    assert carrying.again(LLAMA_2_7B, True) * products == 4 * 4096 * 4096 + 2 * 4096 * 11008
