@@ -4,13 +4,18 @@ peft keeps all that is not arithmetic: the modules, their weights in fp32, savin
 """
 
 import types
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
+from stages.lib.model.casting import cast
 from stages.lib.model.dropout import CountedDropout
+from stages.lib.model.low_rank import Down
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order of their use
 
 
 def layers(tuned: Any) -> list[Any]:
@@ -28,19 +33,62 @@ def simple(tuned: Any) -> bool:
 
 def lighten(tuned: Any, seed: torch.Tensor) -> None:
     """Give every adapted projection the arithmetic of this module; `seed`, int32 scalar, is its dropout's."""
-    for place, layer in enumerate(layers(tuned)):
-        for name, dropout in layer.lora_dropout.items():
-            layer.lora_dropout[name] = CountedDropout(getattr(dropout, "p", 0.0), seed, place)
-        layer.forward = types.MethodType(_forward, layer)
+    place = 0
+    for parent in tuned.modules():
+        if isinstance(parent, LoraLayer):
+            continue
+        children = dict(parent.named_children())
+        for names in groups(children):
+            adapted = [children[name] for name in names if isinstance(children[name], LoraLayer)]
+            for number, layer in enumerate(adapted):
+                for name, dropout in layer.lora_dropout.items():
+                    p = getattr(dropout, "p", 0.0)
+                    layer.lora_dropout[name] = CountedDropout(p, seed, place + number)
+                layer.forward = types.MethodType(_forward, layer)
+            place += -(-len(adapted) // 2) * 2  # who shares random bits shares the input
+
+
+def groups(children: Iterable[str]) -> list[tuple[str, ...]]:
+    """A module's children by their names, those that read one input together."""
+    names = set(children)
+    whole = [group for group in TOGETHER if names.issuperset(group)]
+    return whole + [(name,) for name in children if not any(name in group for group in whole)]
+
+
+class Adapter(NamedTuple):
+    """What is at work on a projection.
+
+    Attributes:
+        down: first factor, fp32 [rank, in]. up: second factor, fp32 [out, rank].
+        seeds: of its dropout, int32 [1]. half: of their bits. p: of dropout, now. scale: alpha / rank.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    seeds: torch.Tensor
+    half: int
+    p: float
+    scale: float
+
+
+def at_work(layer: Any) -> list[Adapter]:
+    """The adapters that a projection has, and that are not switched off; none for a plain one."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        return []
+    found = []
+    for name in layer.active_adapters:
+        drop = layer.lora_dropout[name]
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        p = drop.p if drop.active else 0.0
+        found.append(Adapter(down, up, drop.seeds(), drop.half, p, layer.scaling[name]))
+    return found
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """W x + alpha/r * B A dropout(x), as in Hu et al. 2021; x [..., in]."""
     y: torch.Tensor = layer.base_layer(x)
-    if layer.disable_adapters or layer.merged:
-        return y
-    for name in layer.active_adapters:
-        a, b = (m[name].weight.to(x.dtype) for m in (layer.lora_A, layer.lora_B))
-        low = F.linear(layer.lora_dropout[name](x), a) * layer.scaling[name]
-        y = y + F.linear(low, b)
+    flat = cast(x.reshape(-1, x.shape[-1]))[0]
+    for one in at_work(layer):
+        lows = Down.apply(flat, one.down, one.seeds, 1, one.half, one.p, one.scale)
+        y = y + F.linear(lows, one.up.to(lows.dtype)).view(y.shape)
     return y

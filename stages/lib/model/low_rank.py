@@ -1,0 +1,132 @@
+"""The first factors of adapters that read one input, with their dropout: no dropped copy of the input is kept.
+
+`Drop` says how the adapters of a call drop. All functions take matrices; a scale goes into what they compute.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stages.lib.model import dropout
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Adapter i of `count` drops by half (slot + i) % 2 of the bits of seed (slot + i) // 2."""
+
+    count: int
+    slot: int
+    p: float
+
+    @property
+    def grown(self) -> float:
+        """By which what stays is multiplied."""
+        return 1 / (1 - self.p)
+
+
+def _kept(like: torch.Tensor, seeds: torch.Tensor, drop: Drop, i: int) -> torch.Tensor:
+    pair, half = divmod(drop.slot + i, 2)
+    return dropout.keep(seeds[pair], like, drop.p, half)
+
+
+def _on_chip(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def down(
+    x: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, drop: Drop, scale: float
+) -> torch.Tensor:
+    """dropout(x) @ factor.T * scale of every adapter.
+
+    Args:
+        x: [M, K]. factors: one under the other, [count * rank, K]. seeds: int32 [pairs].
+
+    Returns:
+        [M, count * rank].
+    """
+    scale *= drop.grown
+    if _on_chip(x):
+        from stages.lib.model.kernels import low_rank
+
+        return low_rank.down(
+            x, factors, seeds, drop.count, drop.slot, dropout.threshold(drop.p), scale
+        )
+    found = []
+    for i, factor in enumerate(factors.chunk(drop.count)):
+        dropped = torch.where(_kept(x, seeds, drop, i), x, 0.0) if drop.p else x
+        found.append(dropped @ factor.t() * scale)
+    return torch.cat(found, 1)
+
+
+def of_factors(
+    lows: torch.Tensor, x: torch.Tensor, seeds: torch.Tensor, drop: Drop, scale: float
+) -> torch.Tensor:
+    """The gradient of the factors, fp32 [count * rank, K], from that of `down`'s result, [M, count * rank]."""
+    scale *= drop.grown
+    if _on_chip(x):
+        from stages.lib.model.kernels import low_rank
+
+        return low_rank.of_factors(
+            lows, x, seeds, drop.count, drop.slot, dropout.threshold(drop.p), scale
+        )
+    found = []
+    for i, low in enumerate(lows.chunk(drop.count, 1)):
+        dropped = torch.where(_kept(x, seeds, drop, i), x, 0.0) if drop.p else x
+        found.append((low.t() @ dropped) * scale)
+    return torch.cat(found)
+
+
+def of_input(
+    lows: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, base: torch.Tensor | None,
+    drop: Drop, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of x [M, K] from that of `down`'s result [M, count * rank], added to `base` if given."""
+    scale *= drop.grown
+    if _on_chip(lows):
+        from stages.lib.model.kernels import low_rank
+
+        return low_rank.of_input(
+            lows, factors, seeds, base, drop.count, drop.slot, dropout.threshold(drop.p), scale
+        )
+    pairs = zip(lows.chunk(drop.count, 1), factors.chunk(drop.count), strict=True)
+    for i, (low, factor) in enumerate(pairs):
+        more = low @ factor * scale
+        more = torch.where(_kept(more, seeds, drop, i), more, 0.0) if drop.p else more
+        base = more if base is None else base + more
+    assert base is not None
+    return base
+
+
+def of_up(
+    gradient: torch.Tensor, lows: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of lows [M, rank] and of the second factor [N, rank], from their product's, [M, N]."""
+    if _on_chip(gradient):
+        from stages.lib.model.kernels import low_rank
+
+        return low_rank.of_up(gradient, lows, factor)
+    return gradient @ factor, gradient.t() @ lows
+
+
+class Down(torch.autograd.Function):
+    """`down`, for one adapter or for several with one input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, count: int,
+        slot: int, p: float, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """[M, count * rank]; `factors` may be fp32."""
+        near = factors.to(x.dtype)
+        ctx.save_for_backward(x, near, seeds)
+        ctx.drop, ctx.scale = Drop(count, slot, p), scale
+        return down(x, near, seeds, ctx.drop, scale)
+
+    @staticmethod
+    def backward(ctx: Any, lows: torch.Tensor) -> Any:
+        """Of x and the factors."""
+        x, near, seeds = ctx.saved_tensors
+        of_near = of_factors(lows.contiguous(), x, seeds, ctx.drop, ctx.scale)
+        of_x = of_input(lows.contiguous(), near, seeds, None, ctx.drop, ctx.scale)
+        return of_x, of_near, None, None, None, None, None
