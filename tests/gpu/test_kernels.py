@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.lib.model import attention, cross_entropy, fp8, swiglu
+from stages.lib.model import attention, cross_entropy, fp8, fused, low_rank, rotary, swiglu
 from stages.lib.model.dropout import keep
 from tests.decoders import error
 
@@ -87,7 +87,7 @@ def gates(width: int) -> torch.Tensor:
 def test_swiglu_and_its_backward_are_close_to_exact(width: int) -> None:
     """Also at widths that no block divides, and where a row needs sixteen warps."""
     both = gates(width)
-    values, scales = swiglu.forward(both)
+    _, values, scales = swiglu.forward(both)
     gate, up = both.double().chunk(2, -1)
     exact = F.silu(gate) * up
     sized = (0, 1, 2, 3, 4, 5, 8)  # the rows whose largest value is well above LEAST
@@ -95,12 +95,10 @@ def test_swiglu_and_its_backward_are_close_to_exact(width: int) -> None:
         assert error(values[row].double() * scales[row].double(), exact[row]) < ROUNDING + 0.005
     assert not values[6].float().any()
     upstream = torch.randn(9, width, device=PLACE, dtype=torch.bfloat16)
-    factors = torch.rand(2 * width, device=PLACE) + 0.5
-    values, scales = swiglu.backward(upstream, both, factors)
+    values, scales = swiglu.backward(upstream, both)[1:]
     far = both.double().requires_grad_()
     near, wide = far.chunk(2, -1)
     (of_both,) = torch.autograd.grad(F.silu(near) * wide, far, upstream.double())
-    of_both = of_both * factors.double()
     for row in sized:
         assert error(values[row].double() * scales[row].double(), of_both[row]) < ROUNDING + 0.005
     assert not values[6].float().any()
@@ -112,13 +110,13 @@ def test_swiglu_and_its_backward_are_close_to_exact(width: int) -> None:
 def test_swiglu_makes_no_number_of_what_is_none(bad: float) -> None:
     both = gates(176)
     both[0, 3], both[1, 200] = bad, bad
-    values, scales = swiglu.forward(both)
+    _, values, scales = swiglu.forward(both)
     found = values.float() * scales
     assert not found[:2].isfinite().all(1).any()
     assert found[2:].isfinite().all()
     upstream = torch.randn(9, 176, device=PLACE, dtype=torch.bfloat16)
     upstream[2, 5] = bad
-    values, scales = swiglu.backward(upstream, both, torch.ones(352, device=PLACE))
+    values, scales = swiglu.backward(upstream, both)[1:]
     found = values.float() * scales
     assert not found[:3].isfinite().all(1).any()
     assert found[3:].isfinite().all()
@@ -201,3 +199,86 @@ def test_the_loss_holds_one_chunk_of_logits() -> None:
     for part, target in zip(hidden.detach().split(1024), targets.split(1024), strict=True):
         wanted += F.cross_entropy(part.double() @ head.double().t(), target, reduction="sum")
     assert error(loss, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("width", [256, 344])
+@pytest.mark.parametrize(("count", "slot", "rank"), [(1, 0, 16), (1, 1, 4), (2, 0, 16), (3, 0, 40)])
+def test_first_factors_are_those_of_the_cpu(
+    count: int, slot: int, rank: int, width: int, p: float
+) -> None:
+    """Masks to the last element; the same to the last bit when computed again; no size divides a tile."""
+    torch.manual_seed(0)
+    drop = low_rank.Drop(count, slot, p)
+    seeds = torch.tensor([5, -99], dtype=torch.int32, device=PLACE)
+    x, base = (torch.randn(301, width, device=PLACE, dtype=torch.bfloat16) for _ in range(2))
+    factors = torch.randn(count * rank, width, device=PLACE, dtype=torch.bfloat16)
+    lows = torch.randn(301, count * rank, device=PLACE, dtype=torch.bfloat16)
+    for name, given in (
+        ("down", (x, factors)),
+        ("of_factors", (lows, x)),
+        ("of_input", (lows, factors)),
+    ):
+        more = (base,) if name == "of_input" else ()
+        compute = getattr(low_rank, name)
+        found = compute(*given, seeds, *more, drop, 0.7)
+        exact = compute(*(t.double() for t in given), seeds, *(t.double() for t in more), drop, 0.7)
+        assert error(found, exact) < 4e-3, name
+        assert torch.equal(found, compute(*given, seeds, *more, drop, 0.7)), name
+    alone = low_rank.of_input(lows, factors, seeds, None, drop, 0.7)
+    wanted = low_rank.of_input(lows.double(), factors.double(), seeds, None, drop, 0.7)
+    assert error(alone, wanted) < 4e-3
+
+
+@pytest.mark.parametrize(("rows", "width", "rank"), [(301, 344, 8), (1500, 256, 40)])
+def test_second_factors_have_their_gradients(rows: int, width: int, rank: int) -> None:
+    """From columns of a wider gradient, as q's and k's are."""
+    torch.manual_seed(0)
+    wide = torch.randn(rows, 3 * width, device=PLACE, dtype=torch.bfloat16)
+    lows = torch.randn(rows, 2 * rank, device=PLACE, dtype=torch.bfloat16)[:, rank:]
+    factor = torch.randn(width, rank, device=PLACE, dtype=torch.bfloat16)
+    gradient = wide[:, width : 2 * width]
+    of_lows, of_factor = low_rank.of_up(gradient, lows, factor)
+    assert error(of_lows, gradient.double() @ factor.double()) < 4e-3
+    assert error(of_factor, gradient.double().t() @ lows.double()) < 4e-3
+
+
+@EIGHT_BITS
+@pytest.mark.parametrize("places", [(0, -1, 1), (-1, -1, -1), (0, 1, 2)])
+@pytest.mark.parametrize("heads", [(4, 4, 128), (7, 1, 64), (6, 3, 32)])
+def test_heads_are_rotated_and_back(
+    heads: tuple[int, int, int], places: tuple[int, int, int]
+) -> None:
+    torch.manual_seed(0)
+    sizes, tokens, rank = rotary.Heads(*heads), 77, 8
+    angles = torch.rand(tokens, heads[2] // 2, device=PLACE).repeat(1, 2)
+    y = torch.randn(tokens, sum(sizes.sizes), device=PLACE)
+    lows = torch.randn(tokens, 3 * rank, device=PLACE)
+    ups = torch.randn(sum(sizes.sizes), rank, device=PLACE)
+    near = [t.to(torch.bfloat16) for t in (y, lows, ups, angles.cos(), angles.sin())]
+    far = [t.double() for t in near]
+    exact = rotary.turn(*far, sizes, places)
+    assert error(rotary.turn(*near, sizes, places), exact) < 5e-3
+    parts = [t.unflatten(1, (-1, heads[2])) for t in near[0].split(sizes.sizes, 1)]
+    wanted, _, _ = rotary.turn_back(*(p.double() for p in parts), *far[3:], (True, True, True))
+    back, values, scales = rotary.turn_back(*parts, *near[3:], (True, True, True))
+    assert error(back, wanted) < 5e-3
+    assert error(values.double() * scales.double(), wanted) < ROUNDING + 0.001
+    bad = parts[0].clone()
+    bad[3, 1, 5] = torch.nan
+    _, values, scales = rotary.turn_back(bad, *parts[1:], *near[3:], (False, False, False))
+    found = (values.float() * scales).isfinite().all(1)
+    assert not found[3]
+    assert found.sum() == tokens - 1
+
+
+@pytest.mark.parametrize("there", [(True, True), (True, False), (False, True)])
+def test_second_factors_are_added(there: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(77, 2 * 344, device=PLACE, dtype=torch.bfloat16)
+    factors = [
+        torch.randn(344, 8, device=PLACE, dtype=torch.bfloat16) if one else None for one in there
+    ]
+    lows = torch.randn(77, 8 * sum(there), device=PLACE, dtype=torch.bfloat16)
+    far = [None if f is None else f.double() for f in factors]
+    assert error(fused._up(y, lows, factors), fused._up(y.double(), lows.double(), far)) < 4e-3

@@ -4,7 +4,8 @@ A product in FP8 is about twice as fast as in bf16. Weights are rounded once, ac
 product, row by row; sums are in fp32. What is learned is never rounded: the adapter has its own branch.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,23 @@ def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M, K] as e4m3 [M, K] and scales fp32 [M, 1]: rows = e4m3 * scales, but for the rounding."""
     scales = rows.abs().amax(-1, keepdim=True).float().clamp(min=LEAST) / LARGEST
     return _cast(rows.float() * scales.reciprocal()), scales
+
+
+def powers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantise`, with scales that are powers of two; e4m3 keeps its three bits at any of them."""
+    largest = rows.abs().amax(-1, keepdim=True).float().clamp(min=LEAST)
+    scales = torch.exp2(torch.ceil(torch.log2(largest / LARGEST)))
+    return _cast(rows.float() / scales), scales
+
+
+def quantise_together(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantise` of matrices [M, size] side by side, without a copy of them side by side."""
+    largest = parts[0].abs().amax(-1, keepdim=True)
+    for more in parts[1:]:
+        largest = torch.maximum(largest, more.abs().amax(-1, keepdim=True))
+    scales = largest.float().clamp(min=LEAST) / LARGEST
+    inverse = scales.reciprocal()
+    return torch.cat([_cast(part.float() * inverse) for part in parts], -1), scales
 
 
 def _cast(values: torch.Tensor) -> torch.Tensor:
@@ -47,41 +65,60 @@ def product(
     return ((left.float() @ right.float().t()) * left_scales * right_scales.t()).to(dtype)
 
 
+class Weight(NamedTuple):
+    """A frozen weight, or several that read one input, one under the other; laid out for both directions.
+
+    Its scales are powers of two, so that the layout of the way back is the same numbers with other exponents:
+    no scale of an output has to go into a gradient before that is rounded.
+
+    Attributes:
+        rows: e4m3 [N, K]. scales: of the rows, fp32 [N, 1].
+        columns: e4m3 [K, N]. column_scales: of its rows, fp32 [K, 1].
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor
+    columns: torch.Tensor
+    column_scales: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, scales: torch.Tensor) -> "Weight":
+        """From one layout."""
+        exact = (rows.float() * scales).t().contiguous()
+        return cls(rows, scales, *powers(exact))
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ W.T [M, N] for x [M, K]."""
+        return product(*quantise(x), self.rows, self.scales, x.dtype)
+
+    def back(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """g @ W [M, K] for a gradient g in e4m3 [M, N] with its scales [M, 1]."""
+        return product(rows, scales, self.columns, self.column_scales, dtype)
+
+
 class Product(torch.autograd.Function):
     """x @ W.T for one weight, or for several that read the same x, one under the other."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, scales: torch.Tensor,
-        ones: torch.Tensor, sizes: tuple[int, ...],
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor,
+        column_scales: torch.Tensor, sizes: tuple[int, ...],
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """[M, size] for each weight.
 
         Args:
-            x: [M, K]. weight: e4m3 [N, K]. transposed: the same, laid out as [K, N].
-            scales: fp32 [N, 1], of the weight's rows. ones: fp32 [K, 1].
-            sizes: rows of each weight, N together.
+            x: [M, K]. rows, scales, columns, column_scales: a `Weight`. sizes: rows of each, N together.
         """
-        ctx.save_for_backward(transposed, scales, ones)
-        ctx.sizes, ctx.dtype = sizes, x.dtype
-        rows, row_scales = quantise(x)
-        return product(rows, row_scales, weight, scales, x.dtype).split(sizes, -1)
+        ctx.save_for_backward(rows, scales, columns, column_scales)
+        ctx.dtype = x.dtype
+        return Weight(rows, scales, columns, column_scales).times(x).split(sizes, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """The gradient of x; the scales of the weight's rows go into the gradient before it is rounded."""
-        transposed, scales, ones = ctx.saved_tensors
-        folded = [
-            grad.float() * part.t()
-            for grad, part in zip(grads, scales.split(ctx.sizes), strict=True)
-        ]
-        largest = folded[0].abs().amax(-1, keepdim=True)
-        for more in folded[1:]:
-            largest = torch.maximum(largest, more.abs().amax(-1, keepdim=True))
-        row_scales = largest.clamp(min=LEAST) / LARGEST
-        inverse = row_scales.reciprocal()
-        rows = torch.cat([_cast(part * inverse) for part in folded], -1)
-        return product(rows, row_scales, transposed, ones, ctx.dtype), None, None, None, None, None
+        """The gradient of x."""
+        weight = Weight(*ctx.saved_tensors)
+        of_x = weight.back(*quantise_together(grads), ctx.dtype)
+        return of_x, None, None, None, None, None
 
 
 class Fp8Linear(nn.Linear):
@@ -96,7 +133,7 @@ class Fp8Linear(nn.Linear):
     def __init__(self, source: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = source.in_features, source.out_features
-        weight, scales = quantise(source.weight.detach())
+        weight, scales = powers(source.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scales", scales)
         self.bias = source.bias
@@ -104,10 +141,11 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] times the weight."""
         flat = cast(x.reshape(-1, x.shape[-1]))[0]
-        ones = torch.ones(self.in_features, 1, device=x.device)
-        transposed = self.weight.t().contiguous() if x.requires_grad else self.weight
-        sizes = (self.out_features,)
-        y = Product.apply(flat, self.weight, transposed, self.scales, ones, sizes)[0]
+        if x.requires_grad:
+            weight = Weight.of(self.weight, self.scales)
+            y = Product.apply(flat, *weight, (self.out_features,))[0]
+        else:
+            y = product(*quantise(flat), self.weight, self.scales, flat.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

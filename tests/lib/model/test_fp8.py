@@ -78,11 +78,11 @@ def test_what_is_no_number_is_not_made_one(bad: float, dtype: torch.dtype) -> No
 def test_what_is_no_number_passes_swiglu(bad: float) -> None:
     both = torch.randn(4, 96)
     both[0, 3], both[1, 60] = bad, bad
-    values, scales = swiglu.forward(both)
+    _, values, scales = swiglu.forward(both)
     assert not (values.float() * scales)[:2].isfinite().all(1).any()
     upstream = torch.randn(4, 48)
     upstream[2, 5] = bad
-    values, scales = swiglu.backward(upstream, both, torch.ones(96))
+    values, scales = swiglu.backward(upstream, both)[1:]
     assert not (values.float() * scales)[:3].isfinite().all(1).any()
     assert (values.float() * scales)[3].isfinite().all()
 
@@ -128,8 +128,20 @@ def test_together_is_each_alone() -> None:
     (of_outputs,) = torch.autograd.grad(outputs, x, upstream)
     (of_apart,) = torch.autograd.grad(apart, x, upstream)
     exact = sum(u.double() @ exact_weight(one) for u, one in zip(upstream, alone, strict=True))
-    assert error(of_outputs, exact) < ROUNDING
-    assert error(of_apart, exact) < ROUNDING
+    scatter = 0.003  # the largest rows of these weights decide alone
+    assert error(of_outputs, exact) < ROUNDING + scatter
+    assert error(of_apart, exact) < ROUNDING + scatter
+
+
+def test_the_layout_of_the_way_back_is_the_same_weight() -> None:
+    """Scales are powers of two, so that only what is tiny in its column is rounded a second time."""
+    frozen = fp8.Fp8Linear(layer())
+    weight = fp8.Weight.of(frozen.weight, frozen.scales)
+    assert torch.equal(weight.scales.log2(), weight.scales.log2().round())
+    back = (weight.columns.double() * weight.column_scales.double()).t()
+    assert error(back, exact_weight(frozen)) < 1e-5
+    largest = back.abs().amax(0)
+    assert ((back - exact_weight(frozen)).abs().amax(0) <= largest * 2**-17).all()
 
 
 def test_together_answers_for_the_input_that_it_is_asked_about() -> None:
@@ -173,7 +185,7 @@ def test_the_mlp_is_the_unfused_one(dtype: torch.dtype) -> None:
     far = x.detach().double().requires_grad_()
     exact = (F.silu(far @ gate.t()) * (far @ up.t())) @ down.t()
     (of_exact,) = torch.autograd.grad(exact, far, upstream.double())
-    projections.fuse_mlps(mlp)
+    projections.fuse(mlp)
     fused = mlp(x)
     (of_fused,) = torch.autograd.grad(fused, x, upstream)
     assert torch.equal(fused, unfused)
@@ -182,7 +194,7 @@ def test_the_mlp_is_the_unfused_one(dtype: torch.dtype) -> None:
     assert error(of_fused, of_unfused) < 0.02
 
 
-def test_an_mlp_with_adapters_or_another_activation_is_not_fused() -> None:
+def test_an_mlp_of_another_activation_is_not_fused() -> None:
     tuned = make(QUICK["llama2"], dtype=torch.bfloat16, convert=fp8.convert)
     Quick(tuned, "fp8")
     gelu = make(QUICK["gemma"], dtype=torch.bfloat16, convert=fp8.convert, targets=["q_proj"])
@@ -192,7 +204,7 @@ def test_an_mlp_with_adapters_or_another_activation_is_not_fused() -> None:
     found = [
         "forward" in vars(t.get_base_model().model.layers[0].mlp) for t in (tuned, gelu, fused)
     ]
-    assert found == [False, False, True]
+    assert found == [True, False, True]
 
 
 @pytest.mark.parametrize(
