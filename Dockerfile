@@ -27,8 +27,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     USER=stages \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
-    TRITON_CACHE_DIR=/tmp/triton \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN install -d -o 10001 -g 0 -m 0775 /cache /runs

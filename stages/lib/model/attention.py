@@ -35,19 +35,21 @@ def attend(
     query, key, value = hold(module, *cast(query, key, value))
     several = query.shape[1] // key.shape[1]
     if not query.is_cuda or query.dtype == torch.float32:
-        key, value = (t.repeat_interleave(several, 1) for t in (key, value))
+        key, value = _shared(several, key, value)
         return _one_by_one(query, key, value, bounds.tolist(), sliding_window, scaling), None
     if uniform and not sliding_window:
-        key, value = (t.repeat_interleave(several, 1) for t in (key, value))
-        return _side_by_side(query, key, value, longest, scaling), None
+        key, value = _shared(several, key, value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+        return attend_rows(q, k, v, longest, scale)[0][None], None
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     grouped = {}
     if several > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         grouped["enable_gqa"] = True
     else:  # torch 2.11
-        k, v = (t.repeat_interleave(several, 1) for t in (k, v))
+        k, v = _shared(several, k, v)
     before = sliding_window - 1 if sliding_window else -1
     found = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(before, 0), **grouped
@@ -61,16 +63,83 @@ def hold(module: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(Held.apply(t) for t in inputs) if held else inputs
 
 
-def _side_by_side(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, scaling: float | None
-) -> torch.Tensor:
-    """Rows of one length in cuDNN, which is the fastest where nothing is ragged."""
-    rows = query.shape[2] // length
-    q, k, v = (t[0].unflatten(1, (rows, length)).transpose(0, 1) for t in (query, key, value))
+def _shared(several: int, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys or values [1, heads, tokens, width], each as often as there are queries' heads that share it."""
+    if several == 1:  # a repetition by one would be a copy
+        return heads
+    return tuple(t.repeat_interleave(several, 1) for t in heads)
+
+
+@torch.library.custom_op("stages::attend_rows", mutates_args=())
+def attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention in rows of one length in cuDNN, which is the fastest where nothing is ragged.
+
+    An operation of its own, because the compiler would copy its inputs into another order of their sides.
+
+    Args:
+        query, key, value: [T, heads, width]. length: of a row. scale: of the scores.
+
+    Returns:
+        [T, heads, width], and for the way back the scores' logarithmic sums.
+    """
+    q, k, v = (_rows(t, length) for t in (query, key, value))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=scaling
-    )[0]
-    return found.transpose(1, 2).reshape(1, rows * length, q.shape[1], -1)
+        q, k, v, None, True, 0.0, True, False, scale=scale
+    )
+    return _tokens(found[0]), found[1]
+
+
+@attend_rows.register_fake
+def _(query: Any, key: Any, value: Any, length: int, scale: float) -> Any:
+    tokens, heads, _ = query.shape
+    sums = query.new_empty(tokens // length, heads, length, 1, dtype=torch.float32)
+    return query.new_empty(query.shape), sums
+
+
+@torch.library.custom_op("stages::attend_rows_backward", mutates_args=())
+def attend_rows_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    found: torch.Tensor, sums: torch.Tensor, length: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of query, key and value, [T, heads, width] each."""
+    given = (_rows(t, length) for t in (gradient, query, key, value, found))
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout
+    of_inputs = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *given, sums, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    of_query, of_key, of_value = (_tokens(t) for t in of_inputs)
+    return of_query, of_key, of_value
+
+
+@attend_rows_backward.register_fake
+def _(gradient: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.length, ctx.scale = inputs[3:]
+
+
+def _back(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+    query, key, value, found, sums = ctx.saved_tensors
+    return *attend_rows_backward(
+        gradient, query, key, value, found, sums, ctx.length, ctx.scale
+    ), None, None  # fmt: skip
+
+
+attend_rows.register_autograd(_back, setup_context=_keep)
+
+
+def _rows(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, heads, width] as cuDNN has it, [rows, heads, length, width]."""
+    return tokens.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _tokens(rows: torch.Tensor) -> torch.Tensor:
+    return rows.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _one_by_one(

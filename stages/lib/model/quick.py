@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from stages.lib.model import (
     attention,
     carrying,
+    compiling,
     cross_entropy,
     load,
     lora,
@@ -63,7 +64,7 @@ class Quick:
             lora.lighten(tuned, self.seed)
             if precision == "fp8":
                 projections.gather(self.causal)
-                projections.fuse_mlps(self.causal)
+                projections.fuse(self.causal)
             elif precision == "nf4":
                 (nf4.unpack if unpacked else nf4.lighten)(self.causal)
             self.layers = [(layer, layer.forward) for layer in self.causal.model.layers]
@@ -97,7 +98,7 @@ class Quick:
         before, original = causal.config._attn_implementation, causal.forward
         piece = cross_entropy.piece
         if place.type == "cuda":
-            piece = torch.compile(piece, dynamic=True)
+            piece = compiling.compiled(piece, dynamic=True)
         with self._at_rest():
             plain = nll_sum(causal, to(lay_out(_probe()), place))
             attention.register()
@@ -150,7 +151,7 @@ class Quick:
     def _compiled(self, plain: Any) -> Any:
         if not self.compiles:
             return plain
-        return torch.compile(plain, fullgraph=True, dynamic=False, backend=self.backend)
+        return compiling.compiled(plain, self.backend, fullgraph=True, dynamic=False)
 
 
 def _probe() -> list[Row]:

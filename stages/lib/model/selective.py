@@ -16,7 +16,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-ATTENTION = ("attention", "attn")  # in the name of every operation that computes it
+from stages.lib.model.compiling import compiled
+
+ATTENTION = ("attention", "attn", "attend")  # in the name of every operation that computes it
 
 
 class Held(torch.autograd.Function):
@@ -49,7 +51,7 @@ def step(plain: Any, backend: str) -> Any:
     # FP8 projections remember their siblings' outputs until those are asked for, and then nothing.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     forward = functools.partial(_forward, plain)
-    return torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+    return compiled(forward, backend, fullgraph=True, dynamic=False)
 
 
 def _forward(plain: Any, hidden: torch.Tensor, **options: Any) -> Any:

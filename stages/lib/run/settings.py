@@ -3,6 +3,7 @@
 Precedence: flag > environment > preset (`--env-file FILE`, read with python-dotenv) > default.
 """
 
+import contextlib
 import difflib
 import logging
 import os
@@ -252,6 +253,16 @@ def has_token() -> bool:
 def cache_dir() -> Path:
     """The user's cache folder for this product."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
+
+
+def keep_compiled() -> None:
+    """Have the compiler keep its results there, if that can be written and its own variables are unset."""
+    for variable, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        folder = cache_dir() / "compiled" / kind
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ.setdefault(variable, str(folder))
 
 
 def scratch_parent() -> Path:

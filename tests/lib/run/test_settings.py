@@ -1,12 +1,14 @@
 """Flag over environment over preset over default, and nothing that nobody declared."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stages.lib.run import settings
 from tests.conftest import ROOT, Stages, clean_environment
 
 BASE = ["--base-model", "sample", "--dataset", "sample"]
@@ -118,3 +120,23 @@ def test_a_secret_from_a_file_reaches_the_libraries_and_no_artifact(
     assert written
     assert not any(b"hf_canary" in path.read_bytes() for path in written)
     assert "hf_canary" not in done.stderr + done.stdout
+
+
+def test_what_is_compiled_is_kept_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the cache folder; not if the compiler's own variable says otherwise, or it cannot be written."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "mine")  # to be restored
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings.keep_compiled()
+    kept = tmp_path / "lora-stages/compiled/inductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)
+    assert kept.is_dir()
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    settings.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

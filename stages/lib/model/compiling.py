@@ -1,0 +1,41 @@
+"""The compiler, with one choice of ours: a row of hidden states is reduced from registers, not read twice."""
+
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.choices import InductorChoices
+from torch._inductor.virtualized import V
+
+from stages.lib.run import settings
+
+LONGEST = 8192  # elements of a row; the compiler's own limit is 1,024
+
+
+class Choices(InductorChoices):
+    """The compiler's, but for rows."""
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """On an H200 this saves a third of the time of normalising and quantising 4,096 columns."""
+        if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+            return True
+        inner = str(features.get_reduction_hint()).endswith("INNER")
+        short = V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST)
+        return bool(config.triton.persistent_reductions and inner and short)
+
+    def uuid(self) -> str:
+        """For the key of what was compiled."""
+        return f"rows up to {LONGEST}"
+
+
+def compiled(function: Any, backend: str = "inductor", **options: Any) -> Any:
+    """A function, compiled when it is first called.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    settings.keep_compiled()
+    # For the whole process: a backward pass may be compiled in another thread than its forward pass.
+    config.inductor_choices_class = Choices
+    return torch.compile(function, backend=backend, **options)
