@@ -36,7 +36,7 @@ Settings = dict[str, str]
 FP8: Settings = {"BASE_PRECISION": "fp8", "RECOMPUTE": "none", "MAX_STEPS": "32"}
 NF4: Settings = {"BASE_PRECISION": "nf4", "RECOMPUTE": "none", "MAX_STEPS": "24"}
 SMALL: Settings = {
-    "BASE_PRECISION": "nf4", "RECOMPUTE": "all", "MICRO_BATCH_TOKENS": "4096", "MAX_STEPS": "12",
+    "BASE_PRECISION": "nf4", "RECOMPUTE": "offload", "MICRO_BATCH_TOKENS": "8192", "MAX_STEPS": "12",
 }  # fmt: skip
 FEW: Settings = {"MAX_STEPS": "9"}  # the second is not followed by an evaluation
 
@@ -114,7 +114,8 @@ class Bench:
             "peak_gib": round((metrics["peak_gpu_bytes"] or 0) / 2**30, 2),
             "versions": manifest["versions"], "settings": settings,
             "loss": round(metrics["loss"], 4), "steps": metrics["steps"],
-            "bin_tokens": metrics["bin_tokens"], "recompute": metrics["recompute"],
+            "bin_tokens": metrics["bin_tokens"], "recomputed_layers": metrics["recomputed_layers"],
+            "offloaded_layers": metrics["offloaded_layers"],
         } | ({"seconds_to_second_step": seconds} if watched else {})  # fmt: skip
 
     def peer(self, flags: str, rows: Path) -> dict[str, Any]:

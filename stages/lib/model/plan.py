@@ -75,12 +75,14 @@ def operations(shape: Architecture, adapter: int, lengths: Iterable[int], learne
 
 def layer_activations(shape: Architecture, setup: Setup) -> int:
     """Bytes that a layer keeps of a token for its backward pass."""
-    adapted = _adapted(shape, setup)
+    adapted = _adapted(shape, setup).keys()
     kept = 2 * shape.width  # the layer's input, and what it is after attention
     kept += shape.query + 2 * shape.key  # q, k, v
-    kept += 2 * shape.query  # attention's output, and a copy of it
+    kept += shape.query  # attention's output
     kept += 2 * shape.wide  # gate and up
-    kept += sum(into for _, into in adapted.values())  # each adapter's input with its own dropout
+    # What adapters read: o's input is attention's output.
+    kept += shape.width if adapted & {"q_proj", "k_proj", "v_proj"} else 0
+    kept += shape.width if adapted & {"gate_proj", "up_proj"} else 0
     kept += shape.wide if "down_proj" in adapted else 0
     return setup.element * kept
 

@@ -77,7 +77,7 @@ def test_recompute_gives_the_same_numbers(family: str) -> None:
         found.append((loss, gradients(tuned, loss)))
     (kept, of_kept), (again, of_again) = found
     quick.seed.fill_(12346)
-    assert error(quick_sum(quick, some(40, 23, 5), 128), kept) > 1e-4, "dropout is off"
+    assert error(quick_sum(quick, some(40, 23, 5), 128), kept) > 1e-6, "dropout is off"
     assert torch.equal(again, kept)
     for name, gradient in of_kept.items():
         assert torch.equal(of_again[name], gradient), name
