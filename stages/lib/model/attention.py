@@ -41,7 +41,7 @@ def attend(
         key, value = _shared(several, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-        return attend_rows(q, k, v, longest, scale)[0][None], None
+        return Rows.apply(q, k, v, longest, scale)[None], None
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
@@ -118,19 +118,25 @@ def _(gradient: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.length, ctx.scale = inputs[3:]
+class Rows(torch.autograd.Function):
+    """`attend_rows` with its gradient."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, scale: float
+    ) -> torch.Tensor:  # fmt: skip
+        """[T, heads, width]; the arguments are `attend_rows`'."""
+        found, sums = attend_rows(query, key, value, length, scale)
+        ctx.save_for_backward(query, key, value, found, sums)
+        ctx.length, ctx.scale = length, scale
+        return found
 
-def _back(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
-    query, key, value, found, sums = ctx.saved_tensors
-    return *attend_rows_backward(
-        gradient, query, key, value, found, sums, ctx.length, ctx.scale
-    ), None, None  # fmt: skip
-
-
-attend_rows.register_autograd(_back, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Of query, key and value."""
+        saved = ctx.saved_tensors
+        of_inputs = attend_rows_backward(gradient, *saved, ctx.length, ctx.scale)
+        return *of_inputs, None, None
 
 
 def _rows(tokens: torch.Tensor, length: int) -> torch.Tensor:
