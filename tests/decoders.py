@@ -96,7 +96,7 @@ def make(
     if convert:
         convert(base)
     kept = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
-    settings = LoraConfig(target_modules=targets, **kept, **(lora or {}))
+    settings = LoraConfig(target_modules=targets, **kept | (lora or {}))
     tuned = get_peft_model(base, settings)
     with torch.no_grad():
         for name, p in tuned.named_parameters():

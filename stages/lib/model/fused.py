@@ -3,7 +3,8 @@
 Each keeps the least for its way back. An adapter that is not there is None, and so are its factors.
 """
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -23,27 +24,38 @@ def _up(y: torch.Tensor, lows: torch.Tensor, factors: list[Factor]) -> torch.Ten
         from stages.lib.model.kernels import low_rank as kernels
 
         return kernels.up(y, lows, factors)
-    there = [factor for factor in factors if factor is not None]
-    parts = list(y.split(len(y[0]) // len(factors), 1))
-    for low, factor in zip(lows.chunk(len(there), 1), there, strict=True):
-        place = next(i for i, f in enumerate(factors) if f is factor)
-        parts[place] = parts[place] + low @ factor.t()
-    return torch.cat(parts, 1)
-
-
-def _of_ups(
-    gradients: list[torch.Tensor], lows: torch.Tensor, factors: list[Factor]
-) -> tuple[torch.Tensor, list[Factor]]:
-    """Gradients of lows [M, count * rank] and of each second factor, from those of their outputs [M, size]."""
-    of_lows: list[torch.Tensor] = []
-    of_factors: list[Factor] = []
     low = iter(lows.chunk(sum(factor is not None for factor in factors), 1))
-    for gradient, factor in zip(gradients, factors, strict=True):
-        of_factors.append(None)
-        if factor is not None:
-            of_low, of_factors[-1] = low_rank.of_up(gradient, next(low), factor)
-            of_lows.append(of_low)
-    return torch.cat(of_lows, 1), of_factors
+    parts = zip(y.chunk(len(factors), 1), factors, strict=True)
+    return torch.cat([p if f is None else p + next(low) @ f.t() for p, f in parts], 1)
+
+
+class _Branches(NamedTuple):
+    """What adapters of one input had on the way there, and need on the way back."""
+
+    x: torch.Tensor
+    seeds: torch.Tensor
+    lows: torch.Tensor
+    down: torch.Tensor
+    ups: list[Factor]
+    drop: Drop
+    scale: float
+
+    def back(
+        self, gradients: Sequence[torch.Tensor], of_x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Factor]]:
+        """Gradients of x, added to `of_x`, of the first and of the second factors, from outputs' [M, size]."""
+        of_lows: list[torch.Tensor] = []
+        of_ups: list[Factor] = []
+        low = iter(self.lows.chunk(self.drop.count, 1))
+        for gradient, up in zip(gradients, self.ups, strict=True):
+            of_ups.append(None)
+            if up is not None:
+                of_low, of_ups[-1] = low_rank.of_up(gradient, next(low), up)
+                of_lows.append(of_low)
+        joined = torch.cat(of_lows, 1)
+        of_down = low_rank.of_factors(joined, self.x, self.seeds, self.drop, self.scale)
+        of_x = low_rank.of_input(joined, self.down, self.seeds, of_x, self.drop, self.scale)
+        return of_x, of_down, of_ups
 
 
 class Attention(torch.autograd.Function):
@@ -97,10 +109,9 @@ class Attention(torch.autograd.Function):
         of_x = fp8.product(rows, scales, columns, column_scales, x.dtype)
         of_down, of_ups = None, [None, None, None]
         if near is not None:
-            parts = list(plain.split([g[0].numel() for g in gradients], 1))
-            of_lows, of_ups = _of_ups(parts, lows, ups)
-            of_down = low_rank.of_factors(of_lows, x, seeds, ctx.drop, ctx.scale)
-            of_x = low_rank.of_input(of_lows, near, seeds, of_x, ctx.drop, ctx.scale)
+            parts = plain.split([g[0].numel() for g in gradients], 1)
+            branches = _Branches(x, seeds, lows, near, ups, ctx.drop, ctx.scale)
+            of_x, of_down, of_ups = branches.back(parts, of_x)
         return of_x, *[None] * 7, of_down, *of_ups, None, None, None
 
 
@@ -126,9 +137,8 @@ class Projection(torch.autograd.Function):
         """Of x and of the adapter's factors."""
         x, columns, column_scales, seeds, lows, near, up = ctx.saved_tensors
         of_x = fp8.product(*fp8.quantise(gradient), columns, column_scales, x.dtype)
-        of_lows, (of_up,) = _of_ups([gradient], lows, [up])
-        of_down = low_rank.of_factors(of_lows, x, seeds, ctx.drop, ctx.scale)
-        of_x = low_rank.of_input(of_lows, near, seeds, of_x, ctx.drop, ctx.scale)
+        branches = _Branches(x, seeds, lows, near, [up], ctx.drop, ctx.scale)
+        of_x, of_down, (of_up,) = branches.back([gradient], of_x)
         return of_x, *[None] * 5, of_down, of_up, None, None
 
 
@@ -141,7 +151,7 @@ class Mlp(torch.autograd.Function):
         column_scales: torch.Tensor, last_rows: torch.Tensor, last_scales: torch.Tensor,
         last_columns: torch.Tensor, last_column_scales: torch.Tensor, seeds: torch.Tensor,
         down: Factor, up_gate: Factor, up_up: Factor, last_seeds: torch.Tensor, last_down: Factor,
-        last_up: Factor, p: float, scale: float,
+        last_up: Factor, p: float, scale: float, last_p: float, last_scale: float,
     ) -> torch.Tensor:  # fmt: skip
         """[M, K] for x [M, K].
 
@@ -149,8 +159,8 @@ class Mlp(torch.autograd.Function):
             x: [M, K]. rows, scales, columns, column_scales: `fp8.Weight` of gate and up.
             last_rows, last_scales, last_columns, last_column_scales: of down.
             seeds: int32 [1], of gate's and up's dropout. down: their first factors, [count * rank, K].
-            up_gate, up_up: second factors, [width, rank]. last_seeds, last_down, last_up: of down's adapter.
-            p: of dropout. scale: alpha / rank.
+            up_gate, up_up: second factors, [width, rank]. p: of dropout. scale: alpha / rank.
+            last_seeds, last_down, last_up, last_p, last_scale: of down's adapter.
         """
         ups = _near(x, up_gate, up_up)
         near, last_near, last_near_up = _near(x, down, last_down, last_up)
@@ -163,13 +173,18 @@ class Mlp(torch.autograd.Function):
         hidden, values, value_scales = swiglu.forward(both, last_near is not None)
         y = fp8.product(values, value_scales, last_rows, last_scales, x.dtype)
         if last_near is not None and last_near_up is not None:
-            last_lows = low_rank.down(hidden, last_near, last_seeds, Drop(1, 0, p), scale)
+            last_lows = low_rank.down(hidden, last_near, last_seeds, Drop(1, 0, last_p), last_scale)
             y = y + last_lows @ last_near_up.t()
         ctx.save_for_backward(
             None if near is None else x, both, hidden, columns, column_scales, last_columns,
             last_column_scales, seeds, last_seeds, lows, near, last_lows, last_near, last_near_up, *ups,
         )  # fmt: skip
-        ctx.drop, ctx.p, ctx.scale = drop, p, scale
+        ctx.drop, ctx.scale, ctx.last_drop, ctx.last_scale = (
+            drop,
+            scale,
+            Drop(1, 0, last_p),
+            last_scale,
+        )
         return y
 
     @staticmethod
@@ -183,18 +198,15 @@ class Mlp(torch.autograd.Function):
         dtype = gradient.dtype
         of_hidden = fp8.product(*fp8.quantise(gradient), last_columns, last_column_scales, dtype)
         if last_near is not None:
-            drop = Drop(1, 0, ctx.p)
-            of_lows, (of_last_up,) = _of_ups([gradient], last_lows, [last_near_up])
-            of_last_down = low_rank.of_factors(of_lows, hidden, last_seeds, drop, ctx.scale)
-            of_hidden = low_rank.of_input(
-                of_lows, last_near, last_seeds, of_hidden, drop, ctx.scale
-            )
+            last = _Branches(
+                hidden, last_seeds, last_lows, last_near, [last_near_up], ctx.last_drop, ctx.last_scale
+            )  # fmt: skip
+            of_hidden, of_last_down, (of_last_up,) = last.back([gradient], of_hidden)
         plain, rows, scales = swiglu.backward(of_hidden, both, near is not None)
         of_x = fp8.product(rows, scales, columns, column_scales, dtype)
         if plain is not None:
-            of_lows, of_ups = _of_ups(list(plain.chunk(2, 1)), lows, ups)
-            of_down = low_rank.of_factors(of_lows, x, seeds, ctx.drop, ctx.scale)
-            of_x = low_rank.of_input(of_lows, near, seeds, of_x, ctx.drop, ctx.scale)
+            first = _Branches(x, seeds, lows, near, ups, ctx.drop, ctx.scale)
+            of_x, of_down, of_ups = first.back(plain.chunk(2, 1), of_x)
         return (
-            of_x, *[None] * 9, of_down, *of_ups, None, of_last_down, of_last_up, None, None,
+            of_x, *[None] * 9, of_down, *of_ups, None, of_last_down, of_last_up, *[None] * 4,
         )  # fmt: skip

@@ -17,10 +17,8 @@ from stages.lib.model import fp8, fused, lora
 from stages.lib.model.casting import cast
 
 SILU = {"SiLU", "SiLUActivation"}  # by name: transformers has had both
-ROTATED = {
-    "LlamaAttention",
-    "MistralAttention",
-}  # whose q and k are rotated as they are, all of their width
+# Whose q and k are rotated as they are, all of their width; it is a power of two, as the kernels want it.
+ROTATED = {"LlamaAttention", "MistralAttention"}
 
 
 class Together(nn.Module):
@@ -88,7 +86,8 @@ def fuse(model: Any) -> None:
     """Compute attention's projections, MLPs and lone adapted projections as one function each, where known."""
     for module in model.modules():
         children = dict(module.named_children())
-        if type(module).__name__ in ROTATED and _plain(children, "q_proj", "k_proj", "v_proj"):
+        rotated = type(module).__name__ in ROTATED and module.head_dim.bit_count() == 1
+        if rotated and _plain(children, "q_proj", "k_proj", "v_proj"):
             module.forward = types.MethodType(_attention, module)
         if (
             _plain(children, "gate_proj", "up_proj")
@@ -162,7 +161,7 @@ def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     wide, down = _base(mlp.up_proj).together.weight, _base(mlp.down_proj).together.weight
     y = fused.Mlp.apply(
         flat, *wide, *down, first.seeds, first.down, *first.ups, last.seeds, last.down,
-        last.ups[0], max(first.p, last.p), max(first.scale, last.scale),
+        last.ups[0], first.p, first.scale, last.p, last.scale,
     )  # fmt: skip
     return y.view(x.shape)
 

@@ -77,7 +77,14 @@ def test_heads_are_rotated_and_back(places: tuple[int, int, int]) -> None:
     assert error(values.double() * scales, wanted) < 0.03
 
 
-TARGETS = ["all-linear", "q_proj,v_proj", "k_proj,up_proj", "o_proj", "gate_proj,down_proj"]
+TARGETS = [
+    "all-linear",
+    "q_proj,v_proj",
+    "k_proj,up_proj",
+    "o_proj",
+    "gate_proj,down_proj",
+    "up_proj",
+]
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -85,9 +92,8 @@ TARGETS = ["all-linear", "q_proj,v_proj", "k_proj,up_proj", "o_proj", "gate_proj
 def test_fused_is_unfused(family: str, targets: str) -> None:
     """Loss and gradients of a decoder with dropout, in fp32, where both round to FP8 alike."""
     named: Any = targets if targets == "all-linear" else targets.split(",")
-    tuned = make(
-        QUICK[family], dtype=torch.float32, convert=fp8.convert, targets=named, dropout=0.2
-    )
+    below = {"lora_alpha": 3}  # a scale below that of no adapter
+    tuned = make(QUICK[family], convert=fp8.convert, targets=named, dropout=0.2, lora=below)
     quick = Quick(tuned, "fp32")
     quick.seed.fill_(99)
     projections.gather(quick.causal)
