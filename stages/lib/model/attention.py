@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from stages.lib.model.casting import cast
 from stages.lib.model.selective import Held
@@ -70,7 +71,7 @@ def _shared(several: int, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.repeat_interleave(several, 1) for t in heads)
 
 
-@torch.library.custom_op("stages::attend_rows", mutates_args=())
+@library.custom_op("stages::attend_rows", mutates_args=())
 def attend_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +99,7 @@ def _(query: Any, key: Any, value: Any, length: int, scale: float) -> Any:
     return query.new_empty(query.shape), sums
 
 
-@torch.library.custom_op("stages::attend_rows_backward", mutates_args=())
+@library.custom_op("stages::attend_rows_backward", mutates_args=())
 def attend_rows_backward(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     found: torch.Tensor, sums: torch.Tensor, length: int, scale: float,
