@@ -170,7 +170,7 @@ def test_rows_are_quantised_as_on_the_cpu() -> None:
 def test_the_dropout_mask_is_that_of_the_cpu() -> None:
     compiled = torch.compile(keep, fullgraph=True)
     for number in (0, 77, 2**31 - 1):
-        seed = torch.tensor(number, dtype=torch.int32)
+        seed = torch.tensor([number], dtype=torch.int32)
         like = torch.empty(300, 257)
         wanted = keep(seed, like, 0.3)
         for compute in (keep, compiled):
@@ -201,19 +201,18 @@ def test_the_loss_holds_one_chunk_of_logits() -> None:
     assert error(loss, wanted) < 1e-3
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.3, 0.95, 0.97])
 @pytest.mark.parametrize("width", [256, 344])
-@pytest.mark.parametrize(("count", "slot", "rank"), [(1, 0, 16), (1, 1, 4), (2, 0, 16), (3, 0, 40)])
-def test_first_factors_are_those_of_the_cpu(
-    count: int, slot: int, rank: int, width: int, p: float
-) -> None:
+@pytest.mark.parametrize(("count", "rank"), [(1, 16), (1, 4), (2, 16), (3, 40), (3, 64), (3, 256)])
+def test_first_factors_are_those_of_the_cpu(count: int, rank: int, width: int, p: float) -> None:
     """Masks to the last element; the same to the last bit when computed again; no size divides a tile."""
     torch.manual_seed(0)
-    drop = low_rank.Drop(count, slot, p)
-    seeds = torch.tensor([5, -99], dtype=torch.int32, device=PLACE)
+    drop = low_rank.Drop(count, p)
+    seeds = torch.tensor([5, -99, 2**30], dtype=torch.int32, device=PLACE)[:count]
     x, base = (torch.randn(301, width, device=PLACE, dtype=torch.bfloat16) for _ in range(2))
     factors = torch.randn(count * rank, width, device=PLACE, dtype=torch.bfloat16)
     lows = torch.randn(301, count * rank, device=PLACE, dtype=torch.bfloat16)
+    most = 4e-3 if low_rank.fits(x, rank, p) else 8e-3  # torch rounds between its steps
     for name, given in (
         ("down", (x, factors)),
         ("of_factors", (lows, x)),
@@ -223,14 +222,16 @@ def test_first_factors_are_those_of_the_cpu(
         compute = getattr(low_rank, name)
         found = compute(*given, seeds, *more, drop, 0.7)
         exact = compute(*(t.double() for t in given), seeds, *(t.double() for t in more), drop, 0.7)
-        assert error(found, exact) < 4e-3, name
+        assert error(found, exact) < most, name
         assert torch.equal(found, compute(*given, seeds, *more, drop, 0.7)), name
     alone = low_rank.of_input(lows, factors, seeds, None, drop, 0.7)
     wanted = low_rank.of_input(lows.double(), factors.double(), seeds, None, drop, 0.7)
-    assert error(alone, wanted) < 4e-3
+    assert error(alone, wanted) < most
 
 
-@pytest.mark.parametrize(("rows", "width", "rank"), [(301, 344, 8), (1500, 256, 40)])
+@pytest.mark.parametrize(
+    ("rows", "width", "rank"), [(301, 344, 8), (1500, 256, 40), (300, 640, 64), (300, 640, 256)]
+)
 def test_second_factors_have_their_gradients(rows: int, width: int, rank: int) -> None:
     """From columns of a wider gradient, as q's and k's are."""
     torch.manual_seed(0)

@@ -1,46 +1,46 @@
 """Dropout as a pure function of a seed and a position: the same on every device, made anew and never stored.
 
-A row and a column have a thorough hash each; an element's bits are a product of the two joined, which is cheap.
-One element's bits serve two places: each takes 16 of them.
+A row and a column have a thorough hash each, and the bits of an element are those of a product, which is
+cheap: the two hashes joined, times the row's made odd. With one factor for all rows, two of them that differ by
+few bits would drop alike. The seed is in the rows' hashes alone: the columns' are the same for all.
 """
 
 import torch
 from torch import nn
 
-HALF = 16  # bits that decide for one place
-SPREAD = 0x9E3779B1  # 2**32 over the golden ratio: its products with near numbers are far apart
-ROWS = 0x5BF03635  # keeps the rows' hashes apart from the columns'
+BITS = 15  # that decide for an element: those below the highest of its product's upper half
+COLUMNS = 0x5BF03635  # keeps the columns' hashes apart from the rows'
+MOST = 0.95  # probability up to which the kernels' comparison, of fp16 numbers, is one of integers
 _FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)  # of "lowbias32" (Chris Wellons, 2018), as int32
 
 
 def threshold(p: float) -> int:
-    """An element is dropped if its 16 bits are below this."""
-    return round(p * 2**HALF)
+    """An element is dropped if its bits are below this."""
+    return round(p * 2**BITS)
 
 
-def bits(seed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Random bits, int32, the shape of `like` [..., columns]; its other sides are rows, one after the other.
+def row_hashes(seeds: torch.Tensor, rows: int) -> torch.Tensor:
+    """int32 [seeds, rows], for `seeds`, int32 [seeds]."""
+    at = torch.arange(rows, dtype=torch.int32, device=seeds.device)
+    return mixed(at ^ mixed(seeds)[:, None])
+
+
+def column_hashes(columns: int, place: torch.device) -> torch.Tensor:
+    """int32 [columns]."""
+    return mixed(torch.arange(columns, dtype=torch.int32, device=place) ^ COLUMNS)
+
+
+def keep(seeds: torch.Tensor, like: torch.Tensor, p: float) -> torch.Tensor:
+    """Which elements stay, bool, the shape of `like` [..., columns]; each is dropped with probability p.
 
     Args:
-        seed: int32, any.
+        seeds: int32 [1], any. like: its other sides are rows, one after the other.
     """
     columns = like.shape[-1]
-    at = torch.arange(max(columns, like.numel() // columns), dtype=torch.int32, device=like.device)
-    column = mixed(at[:columns] ^ seed)
-    row = mixed(at[: like.numel() // columns] ^ mixed(seed ^ ROWS))
-    x = (row[:, None] ^ column) * (SPREAD - 2**32)
-    return (x ^ _right(x, HALF)).view(like.shape)
-
-
-def keep(seed: torch.Tensor, like: torch.Tensor, p: float, half: int = 0) -> torch.Tensor:
-    """Which elements stay, bool, the shape of `like`; each is dropped with probability p.
-
-    Args:
-        seed: int32, any. half: 0 or 1; the halves of one seed are as good as two seeds.
-    """
-    found = bits(seed, like)
-    found = _right(found, HALF) if half else found & (2**HALF - 1)
-    return found >= threshold(p)
+    row = row_hashes(seeds, like.numel() // columns)[0]
+    found = (row[:, None] ^ column_hashes(columns, like.device)) * (row | 1)[:, None]
+    stays = _right(found, 16) & (2**BITS - 1) >= threshold(p)
+    return stays.view(like.shape)
 
 
 def _right(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -68,13 +68,13 @@ class CountedDropout(nn.Module):
 
     Args:
         p: probability. seed: int32 scalar, shared by all places and changed for each bin.
-        place: number of this one; 2 n and 2 n + 1 share random bits.
+        place: number of this one.
     """
 
     def __init__(self, p: float, seed: torch.Tensor, place: int) -> None:
         super().__init__()
-        self.p, self.half = p, place % 2
-        mine = torch.tensor([offset(place // 2)], dtype=torch.int32, device=seed.device)
+        self.p = p
+        mine = torch.tensor([offset(place)], dtype=torch.int32, device=seed.device)
         self.register_buffer("seed", seed, persistent=False)
         self.register_buffer("offset", mine, persistent=False)
 
@@ -91,4 +91,4 @@ class CountedDropout(nn.Module):
         """x [...], or in training x / (1 - p) where it stays and 0 where it does not."""
         if not self.active:
             return x
-        return torch.where(keep(self.seeds(), x, self.p, self.half), x * (1 / (1 - self.p)), 0.0)
+        return torch.where(keep(self.seeds(), x, self.p), x * (1 / (1 - self.p)), 0.0)

@@ -20,11 +20,12 @@ def _near(like: torch.Tensor, *factors: Factor) -> list[Factor]:
 
 def _up(y: torch.Tensor, lows: torch.Tensor, factors: list[Factor]) -> torch.Tensor:
     """y [M, N] with what the adapters' second factors [size, rank] add to its columns, side by side."""
-    if y.is_cuda and y.dtype == torch.bfloat16:
+    count = sum(factor is not None for factor in factors)
+    if low_rank.fits(y, lows.shape[1] // count):
         from stages.lib.model.kernels import low_rank as kernels
 
         return kernels.up(y, lows, factors)
-    low = iter(lows.chunk(sum(factor is not None for factor in factors), 1))
+    low = iter(lows.chunk(count, 1))
     parts = zip(y.chunk(len(factors), 1), factors, strict=True)
     return torch.cat([p if f is None else p + next(low) @ f.t() for p, f in parts], 1)
 
@@ -72,14 +73,14 @@ class Attention(torch.autograd.Function):
 
         Args:
             x: [T, K]. rows, scales, columns, column_scales: `fp8.Weight` of q, k and v.
-            cos, sin: [T, width]. seeds: int32 [pairs]. down: first factors, [count * rank, K].
+            cos, sin: [T, width]. seeds: int32 [count]. down: first factors, [count * rank, K].
             up_q, up_k, up_v: second factors. heads: `rotary.Heads`. p: of dropout. scale: alpha / rank.
         """
         sizes = rotary.Heads(*heads)
         ups = _near(x, up_q, up_k, up_v)
         (near,) = _near(x, down)
         y = fp8.Weight(rows, scales, columns, column_scales).times(x)
-        drop = Drop(sum(up is not None for up in ups), 0, p)
+        drop = Drop(sum(up is not None for up in ups), p)
         lows = every = x.new_zeros(sum(sizes.sizes), 1)  # nobody reads them
         places = (-1, -1, -1)
         if near is not None:
@@ -126,7 +127,7 @@ class Projection(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         """[M, N] for x [M, K]; the rest as for `Attention`."""
         near, near_up = down.to(x.dtype), up.to(x.dtype)
-        ctx.drop, ctx.scale = Drop(1, 0, p), scale
+        ctx.drop, ctx.scale = Drop(1, p), scale
         lows = low_rank.down(x, near, seeds, ctx.drop, scale)
         ctx.save_for_backward(x, columns, column_scales, seeds, lows, near, near_up)
         y = fp8.Weight(rows, scales, columns, column_scales).times(x)
@@ -158,13 +159,13 @@ class Mlp(torch.autograd.Function):
         Args:
             x: [M, K]. rows, scales, columns, column_scales: `fp8.Weight` of gate and up.
             last_rows, last_scales, last_columns, last_column_scales: of down.
-            seeds: int32 [1], of gate's and up's dropout. down: their first factors, [count * rank, K].
+            seeds: int32 [count], of gate's and up's dropout. down: their first factors, [count * rank, K].
             up_gate, up_up: second factors, [width, rank]. p: of dropout. scale: alpha / rank.
             last_seeds, last_down, last_up, last_p, last_scale: of down's adapter.
         """
         ups = _near(x, up_gate, up_up)
         near, last_near, last_near_up = _near(x, down, last_down, last_up)
-        drop = Drop(sum(up is not None for up in ups), 0, p)
+        drop = Drop(sum(up is not None for up in ups), p)
         both = fp8.Weight(rows, scales, columns, column_scales).times(x)
         lows = last_lows = None
         if near is not None:
@@ -173,7 +174,7 @@ class Mlp(torch.autograd.Function):
         hidden, values, value_scales = swiglu.forward(both, last_near is not None)
         y = fp8.product(values, value_scales, last_rows, last_scales, x.dtype)
         if last_near is not None and last_near_up is not None:
-            last_lows = low_rank.down(hidden, last_near, last_seeds, Drop(1, 0, last_p), last_scale)
+            last_lows = low_rank.down(hidden, last_near, last_seeds, Drop(1, last_p), last_scale)
             y = y + last_lows @ last_near_up.t()
         ctx.save_for_backward(
             None if near is None else x, both, hidden, columns, column_scales, last_columns,
@@ -182,7 +183,7 @@ class Mlp(torch.autograd.Function):
         ctx.drop, ctx.scale, ctx.last_drop, ctx.last_scale = (
             drop,
             scale,
-            Drop(1, 0, last_p),
+            Drop(1, last_p),
             last_scale,
         )
         return y

@@ -33,19 +33,10 @@ def simple(tuned: Any) -> bool:
 
 def lighten(tuned: Any, seed: torch.Tensor) -> None:
     """Give every adapted projection the arithmetic of this module; `seed`, int32 scalar, is its dropout's."""
-    place = 0
-    for parent in tuned.modules():
-        if isinstance(parent, LoraLayer):
-            continue
-        children = dict(parent.named_children())
-        for names in groups(children):
-            adapted = [children[name] for name in names if isinstance(children[name], LoraLayer)]
-            for number, layer in enumerate(adapted):
-                for name, dropout in layer.lora_dropout.items():
-                    p = getattr(dropout, "p", 0.0)
-                    layer.lora_dropout[name] = CountedDropout(p, seed, place + number)
-                layer.forward = types.MethodType(_forward, layer)
-            place += -(-len(adapted) // 2) * 2  # who shares random bits shares the input
+    for place, layer in enumerate(layers(tuned)):
+        for name, dropout in layer.lora_dropout.items():
+            layer.lora_dropout[name] = CountedDropout(getattr(dropout, "p", 0.0), seed, place)
+        layer.forward = types.MethodType(_forward, layer)
 
 
 def groups(children: Iterable[str]) -> list[tuple[str, ...]]:
@@ -60,13 +51,12 @@ class Adapter(NamedTuple):
 
     Attributes:
         down: first factor, fp32 [rank, in]. up: second factor, fp32 [out, rank].
-        seeds: of its dropout, int32 [1]. half: of their bits. p: of dropout, now. scale: alpha / rank.
+        seeds: of its dropout, int32 [1]. p: of dropout, now. scale: alpha / rank.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     seeds: torch.Tensor
-    half: int
     p: float
     scale: float
 
@@ -80,7 +70,7 @@ def at_work(layer: Any) -> list[Adapter]:
         drop = layer.lora_dropout[name]
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
         p = drop.p if drop.active else 0.0
-        found.append(Adapter(down, up, drop.seeds(), drop.half, p, layer.scaling[name]))
+        found.append(Adapter(down, up, drop.seeds(), p, layer.scaling[name]))
     return found
 
 
@@ -89,6 +79,6 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     y: torch.Tensor = layer.base_layer(x)
     flat = cast(x.reshape(-1, x.shape[-1]))[0]
     for one in at_work(layer):
-        lows = Down.apply(flat, one.down, one.seeds, 1, one.half, one.p, one.scale)
+        lows = Down.apply(flat, one.down, one.seeds, one.p, one.scale)
         y = y + F.linear(lows, one.up.to(lows.dtype)).view(y.shape)
     return y

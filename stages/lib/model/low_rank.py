@@ -10,13 +10,14 @@ import torch
 
 from stages.lib.model import dropout
 
+MOST = 64  # rank up to which the kernels' tiles fit on a chip
+
 
 @dataclass(frozen=True)
 class Drop:
-    """Adapter i of `count` drops by half (slot + i) % 2 of the bits of seed (slot + i) // 2."""
+    """How many adapters read an input, and with which probability each drops an element of it."""
 
     count: int
-    slot: int
     p: float
 
     @property
@@ -26,12 +27,12 @@ class Drop:
 
 
 def _kept(like: torch.Tensor, seeds: torch.Tensor, drop: Drop, i: int) -> torch.Tensor:
-    pair, half = divmod(drop.slot + i, 2)
-    return dropout.keep(seeds[pair], like, drop.p, half)
+    return dropout.keep(seeds[i : i + 1], like, drop.p)
 
 
-def _on_chip(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16
+def fits(x: torch.Tensor, rank: int, p: float = 0.0) -> bool:
+    """Whether there are kernels for adapters of this rank and dropout on x."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and rank <= MOST and p <= dropout.MOST
 
 
 def down(
@@ -40,18 +41,16 @@ def down(
     """dropout(x) @ factor.T * scale of every adapter.
 
     Args:
-        x: [M, K]. factors: one under the other, [count * rank, K]. seeds: int32 [pairs].
+        x: [M, K]. factors: one under the other, [count * rank, K]. seeds: int32 [count].
 
     Returns:
         [M, count * rank].
     """
     scale *= drop.grown
-    if _on_chip(x):
+    if fits(x, len(factors) // drop.count, drop.p):
         from stages.lib.model.kernels import low_rank
 
-        return low_rank.down(
-            x, factors, seeds, drop.count, drop.slot, dropout.threshold(drop.p), scale
-        )
+        return low_rank.down(x, factors, seeds, drop.count, dropout.threshold(drop.p), scale)
     found = []
     for i, factor in enumerate(factors.chunk(drop.count)):
         dropped = torch.where(_kept(x, seeds, drop, i), x, 0.0) if drop.p else x
@@ -64,12 +63,10 @@ def of_factors(
 ) -> torch.Tensor:
     """The gradient of the factors, fp32 [count * rank, K], from that of `down`'s result, [M, count * rank]."""
     scale *= drop.grown
-    if _on_chip(x):
+    if fits(x, lows.shape[1] // drop.count, drop.p):
         from stages.lib.model.kernels import low_rank
 
-        return low_rank.of_factors(
-            lows, x, seeds, drop.count, drop.slot, dropout.threshold(drop.p), scale
-        )
+        return low_rank.of_factors(lows, x, seeds, drop.count, dropout.threshold(drop.p), scale)
     found = []
     for i, low in enumerate(lows.chunk(drop.count, 1)):
         dropped = torch.where(_kept(x, seeds, drop, i), x, 0.0) if drop.p else x
@@ -83,11 +80,11 @@ def of_input(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of x [M, K] from that of `down`'s result [M, count * rank], added to `base` if given."""
     scale *= drop.grown
-    if _on_chip(lows):
+    if fits(lows, len(factors) // drop.count, drop.p):
         from stages.lib.model.kernels import low_rank
 
         return low_rank.of_input(
-            lows, factors, seeds, base, drop.count, drop.slot, dropout.threshold(drop.p), scale
+            lows, factors, seeds, base, drop.count, dropout.threshold(drop.p), scale
         )
     pairs = zip(lows.chunk(drop.count, 1), factors.chunk(drop.count), strict=True)
     for i, (low, factor) in enumerate(pairs):
@@ -102,7 +99,7 @@ def of_up(
     gradient: torch.Tensor, lows: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of lows [M, rank] and of the second factor [N, rank], from their product's, [M, N]."""
-    if _on_chip(gradient):
+    if fits(gradient, lows.shape[1]):
         from stages.lib.model.kernels import low_rank
 
         return low_rank.of_up(gradient, lows, factor)
@@ -114,13 +111,17 @@ class Down(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, count: int,
-        slot: int, p: float, scale: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        factors: torch.Tensor,
+        seeds: torch.Tensor,
+        p: float,
+        scale: float,
+    ) -> torch.Tensor:
         """[M, count * rank]; `factors` may be fp32."""
         near = factors.to(x.dtype)
         ctx.save_for_backward(x, near, seeds)
-        ctx.drop, ctx.scale = Drop(count, slot, p), scale
+        ctx.drop, ctx.scale = Drop(len(seeds), p), scale
         return down(x, near, seeds, ctx.drop, scale)
 
     @staticmethod
@@ -129,4 +130,4 @@ class Down(torch.autograd.Function):
         x, near, seeds = ctx.saved_tensors
         of_near = of_factors(lows.contiguous(), x, seeds, ctx.drop, ctx.scale)
         of_x = of_input(lows.contiguous(), near, seeds, None, ctx.drop, ctx.scale)
-        return of_x, of_near, None, None, None, None, None
+        return of_x, of_near, None, None, None

@@ -133,7 +133,7 @@ def _group(x: torch.Tensor, *layers: Any) -> _Group:
     if not there:
         none: list[torch.Tensor | None] = [None] * len(layers)
         return _Group(torch.zeros(1, dtype=torch.int32, device=x.device), None, none, 0.0, 1.0)
-    seeds = torch.cat([one.seeds for one in there[::2]])
+    seeds = torch.cat([one.seeds for one in there])
     down = torch.cat([one.down for one in there])
     ups = [one[0].up if one else None for one in found]
     return _Group(seeds, down, ups, there[0].p, there[0].scale)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from stages.lib.model import fp8
+from stages.lib.model import fp8, low_rank
 
 
 class Heads(NamedTuple):
@@ -44,7 +44,7 @@ def turn(
     Returns:
         As y.
     """
-    if y.is_cuda and y.dtype == torch.bfloat16:
+    if low_rank.fits(y, ups.shape[1]):
         from stages.lib.model.kernels import rotary
 
         return rotary.turn(y, lows, ups, cos, sin, heads, ups.shape[1], places)

@@ -96,6 +96,20 @@ def test_places_seeds_and_neighbours_have_nothing_in_common() -> None:
             assert abs(correlation(flat[shift:], flat[:-shift])) < FIVE_SIGMA * 1.1
 
 
+@pytest.mark.parametrize(("p", "most"), [(0.05, 10), (0.5, 7.5)])
+def test_no_two_rows_and_no_two_columns_drop_alike(p: float, most: float) -> None:
+    """Of every two, of one seed and of two: what both drop scatters as by chance, and no pair stands out."""
+    one, other = (1 - mask(seed, p).float() for seed in (0, 7919))
+    for a, b in ((one, one), (one.t(), one.t()), (one, other), (one.t(), other.t())):
+        both = a @ b.t()
+        if torch.equal(a, b):
+            both = both[~torch.eye(len(a), dtype=torch.bool)]
+        chance, tries = p * p, a.shape[1]
+        sigma = (tries * chance * (1 - chance)) ** 0.5
+        assert abs(float(both.var()) / sigma**2 - 1) < 0.15
+        assert float((both - tries * chance).abs().max()) < most * sigma
+
+
 def test_no_mask_is_another_one_in_another_order() -> None:
     """A number that the seed is only mixed into at first gives every mask anew under another numbering."""
     at = torch.arange(MANY.numel())

@@ -1,48 +1,56 @@
 """Triton kernels of the adapters' first factors: their input is read once, and no dropped copy of it is made.
 
-`count` adapters read one input. Adapter i drops by half (slot + i) % 2 of the bits of seed (slot + i) // 2.
+`count` adapters read one input. What drops an element is `stages.lib.model.dropout`'s, its hashes of rows and
+columns come as tables.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TALL, WIDE = 64, 128  # of a tile of the input
-UP_WIDE, UP_PARTS = 256, 16  # of an output's gradient
-FLAT = 32  # rows of a tile where a program has no sum over many
-PARTS = (
-    8  # of the rows, whose sums are added last and in order: the same to the last bit every time
+from stages.lib.model import dropout
+
+TALL, FLAT, WIDE = 64, 32, 128  # of a tile; found on an H200, as are the rest
+PARTS = 16  # of the rows; their sums are added last, in order: the same to the last bit every time
+ROOMY = 200 * 2**10  # bytes of shared memory that large tiles need; consumers' GPUs have 99 KiB
+SHARED = (
+    torch.cuda.get_device_properties().shared_memory_per_block_optin
+    if torch.cuda.is_available()
+    else 0
 )
 
 
 @triton.jit
-def _mixed(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+def _products(rows, columns, times: tl.constexpr):
+    """Of hashes, uint32 [tall, wide]; of twice the products, the bits that decide are the highest."""
+    rows, columns = rows.to(tl.uint32, bitcast=True), columns.to(tl.uint32, bitcast=True)
+    return (rows ^ columns) * ((rows | 1) * times)
 
 
 @triton.jit
-def _random(rows, columns, seed):
-    """32 bits for each element of a tile; see `stages.lib.model.dropout.bits`."""
-    start = seed.to(tl.uint32, bitcast=True)
-    row = _mixed(rows.to(tl.uint32) ^ _mixed(start ^ 0x5BF03635))
-    x = (row ^ _mixed(columns.to(tl.uint32) ^ start)) * 0x9E3779B1
-    return x ^ (x >> 16)
+def _drop(tile, products, threshold: tl.constexpr):
+    """A bf16 tile without what is dropped.
 
-
-@triton.jit
-def _drop(tile, bits, half: tl.constexpr, threshold: tl.constexpr):
-    if threshold == 0:
-        return tile
-    stays = (bits >> 16 if half else bits & 0xFFFF) >= threshold
-    return tl.where(stays, tile, 0.0)
+    Two elements at once: the upper halves of their products, without the sign, are compared as fp16 numbers,
+    whose order is that of their bits, and a number that is none is above all.
+    """
+    least: tl.constexpr = threshold << 16 | threshold
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 both;
+        prmt.b32 both, $2, $3, 0x7632;
+        abs.f16x2 both, both;
+        set.geu.u32.f16x2 both, both, $4;
+        and.b32 $0, both, $1;
+        }""",
+        "=r,r,r,r,r,r", [tile, products, least], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def _down_kernel(
-    x, factors, seeds, out, rows, scale, width: tl.constexpr, count: tl.constexpr, rank: tl.constexpr,
-    padded: tl.constexpr, slot: tl.constexpr, threshold: tl.constexpr, tall: tl.constexpr,
+    x, factors, row_hashes, column_hashes, out, rows, scale, width: tl.constexpr, count: tl.constexpr,
+    rank: tl.constexpr, padded: tl.constexpr, threshold: tl.constexpr, tall: tl.constexpr,
     wide: tl.constexpr,
 ):  # fmt: skip
     """`tall` rows of the input times every factor."""
@@ -50,19 +58,24 @@ def _down_kernel(
     r = tl.arange(0, padded)[None, :]
     start = m.to(tl.int64)
     sums = ()
-    for _ in tl.static_range(count):
+    of_rows = ()
+    for i in tl.static_range(count):
         sums = sums + (tl.zeros([tall, padded], tl.float32),)  # noqa: RUF005
+        if threshold > 0:
+            of_rows = of_rows + (tl.load(row_hashes + i * rows + m, m < rows),)  # noqa: RUF005
     for first in range(0, width, wide):
         c = first + tl.arange(0, wide)
         tile = tl.load(x + start * width + c[None, :], (m < rows) & (c < width)[None, :], other=0.0)
         near = (r < rank) & (c < width)[:, None]
-        bits = 0
+        if threshold > 0:
+            of_columns = tl.load(column_hashes + c, c < width)[None, :]
         found = ()
         for i in tl.static_range(count):
-            if threshold > 0 and ((slot + i) % 2 == 0 or i == 0):
-                bits = _random(m, c[None, :], tl.load(seeds + (slot + i) // 2))
+            kept = tile
+            if threshold > 0:
+                kept = _drop(tile, _products(of_rows[i], of_columns, 1), threshold)
             factor = tl.load(factors + (i * rank + r) * width + c[:, None], near, other=0.0)
-            found = found + (tl.dot(_drop(tile, bits, (slot + i) % 2, threshold), factor, sums[i]),)  # noqa: RUF005
+            found = found + (tl.dot(kept, factor, sums[i]),)  # noqa: RUF005
         sums = found
     for i in tl.static_range(count):
         to = out + start * (count * rank) + i * rank + r
@@ -71,8 +84,8 @@ def _down_kernel(
 
 @triton.jit
 def _factor_kernel(
-    lows, x, seeds, out, rows, scale, part, width: tl.constexpr, count: tl.constexpr,
-    rank: tl.constexpr, padded: tl.constexpr, slot: tl.constexpr, threshold: tl.constexpr,
+    lows, x, row_hashes, column_hashes, out, rows, scale, part, width: tl.constexpr,
+    count: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, threshold: tl.constexpr,
     tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `wide` columns of every factor, summed over one part of the rows."""
@@ -80,6 +93,9 @@ def _factor_kernel(
     r = tl.arange(0, padded)[:, None]
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, rows)
+    if threshold > 0:
+        at = tl.program_id(0) * wide + tl.arange(0, wide)
+        of_columns = tl.load(column_hashes + at, at < width)[None, :]
     sums = ()
     for _ in tl.static_range(count):
         sums = sums + (tl.zeros([padded, wide], tl.float32),)  # noqa: RUF005
@@ -88,13 +104,14 @@ def _factor_kernel(
         start = m.to(tl.int64)
         tile = tl.load(x + start[:, None] * width + c, (m < end)[:, None] & (c < width), other=0.0)
         near = (r < rank) & (m < end)[None, :]
-        bits = 0
         found = ()
         for i in tl.static_range(count):
-            if threshold > 0 and ((slot + i) % 2 == 0 or i == 0):
-                bits = _random(m[:, None], c, tl.load(seeds + (slot + i) // 2))
+            kept = tile
+            if threshold > 0:
+                of_rows = tl.load(row_hashes + i * rows + m, m < end)[:, None]
+                kept = _drop(tile, _products(of_rows, of_columns, 1), threshold)
             low = tl.load(lows + start[None, :] * (count * rank) + i * rank + r, near, other=0.0)
-            found = found + (tl.dot(low, _drop(tile, bits, (slot + i) % 2, threshold), sums[i]),)  # noqa: RUF005
+            found = found + (tl.dot(low, kept, sums[i]),)  # noqa: RUF005
         sums = found
     for i in tl.static_range(count):
         row = (tl.program_id(1) * count + i) * rank + r
@@ -103,8 +120,8 @@ def _factor_kernel(
 
 @triton.jit
 def _input_kernel(
-    lows, factors, seeds, base, out, rows, scale, width: tl.constexpr, count: tl.constexpr,
-    rank: tl.constexpr, padded: tl.constexpr, slot: tl.constexpr, threshold: tl.constexpr,
+    lows, factors, row_hashes, column_hashes, base, out, rows, scale, width: tl.constexpr,
+    count: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, threshold: tl.constexpr,
     tall: tl.constexpr, wide: tl.constexpr, based: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of the input, added to what `base` has of it, if there is one."""
@@ -114,13 +131,13 @@ def _input_kernel(
     start = m.to(tl.int64)
     at = start * width + c[None, :]
     inside = (m < rows) & (c < width)[None, :]
-    total = tl.zeros([tall, wide], tl.float32)
+    if threshold > 0:
+        of_columns = tl.load(column_hashes + c, c < width)[None, :]
     if based:
-        total += tl.load(base + at, inside, other=0.0).to(tl.float32)
-    bits = 0
+        total = tl.load(base + at, inside, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros([tall, wide], tl.float32)
     for i in tl.static_range(count):
-        if threshold > 0 and ((slot + i) % 2 == 0 or i == 0):
-            bits = _random(m, c[None, :], tl.load(seeds + (slot + i) // 2))
         low = tl.load(
             lows + start * (count * rank) + i * rank + r[None, :],
             (m < rows) & (r < rank)[None, :], other=0.0,
@@ -129,7 +146,12 @@ def _input_kernel(
             factors + (i * rank + r)[:, None] * width + c[None, :],
             (r < rank)[:, None] & (c < width)[None, :], other=0.0,
         )  # fmt: skip
-        total += _drop(tl.dot(low, factor), bits, (slot + i) % 2, threshold) * scale
+        kept = scale
+        if threshold > 0:
+            of_rows = tl.load(row_hashes + i * rows + m, m < rows)
+            highest = _products(of_rows, of_columns, 2)
+            kept = tl.where(highest >= threshold << 17, scale, 0.0)
+        total += tl.dot(low, factor) * kept
     tl.store(out + at, total.to(tl.bfloat16), inside)
 
 
@@ -190,55 +212,76 @@ def _up_kernel(
     tl.store(out + at, tile.to(tl.bfloat16), inside)
 
 
-def _layout(factors: torch.Tensor, count: int, slot: int, threshold: int) -> dict[str, int]:
+def _hashes(
+    seeds: torch.Tensor, rows: int, columns: int, threshold: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not threshold:
+        return seeds, seeds  # nobody reads them
+    return dropout.row_hashes(seeds, rows), dropout.column_hashes(columns, seeds.device)
+
+
+def _parts(rows: int, most: int, tall: int) -> tuple[int, int]:
+    """Rows in one of `most` parts, a multiple of a tile's; and how many parts that makes."""
+    part = triton.cdiv(triton.cdiv(rows, most), tall) * tall
+    return part, triton.cdiv(rows, part)
+
+
+def _warps(sums: int) -> int:
+    """So many that `sums` numbers of fp32 a tile stay in registers."""
+    return min(8, max(2, triton.next_power_of_2(sums // 4096)))
+
+
+def _layout(factors: torch.Tensor, count: int, threshold: int) -> dict[str, int]:
     rank = len(factors) // count
     padded = max(16, triton.next_power_of_2(rank))
     return {
         "width": factors.shape[1], "count": count, "rank": rank, "padded": padded,
-        "slot": slot, "threshold": threshold, "wide": WIDE,
+        "threshold": threshold, "wide": WIDE,
     }  # fmt: skip
 
 
 def down(
-    x: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, count: int, slot: int,
-    threshold: int, scale: float,
+    x: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, count: int, threshold: int,
+    scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """See `stages.lib.model.low_rank.down`."""
     out = x.new_empty(len(x), len(factors))
-    layout = _layout(factors, count, slot, threshold)
+    layout = _layout(factors, count, threshold)
+    ranks = count * layout["padded"]
     _down_kernel[(triton.cdiv(len(x), FLAT),)](
-        x, factors, seeds, out, len(x), scale, **layout, tall=FLAT, num_warps=2, num_stages=3
-    )
+        x, factors, *_hashes(seeds, *x.shape, threshold), out, len(x), scale, **layout, tall=FLAT,
+        num_warps=_warps(2 * FLAT * ranks), num_stages=3 if ranks <= 128 or SHARED >= ROOMY else 2,
+    )  # fmt: skip
     return out
 
 
 def of_factors(
-    lows: torch.Tensor, x: torch.Tensor, seeds: torch.Tensor, count: int, slot: int,
-    threshold: int, scale: float,
+    lows: torch.Tensor, x: torch.Tensor, seeds: torch.Tensor, count: int, threshold: int,
+    scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """See `stages.lib.model.low_rank.of_factors`."""
     rank, width = lows.shape[1], x.shape[1]
-    part = triton.cdiv(triton.cdiv(len(x), PARTS), TALL) * TALL
-    parts = triton.cdiv(len(x), part)
+    part, parts = _parts(len(x), PARTS, FLAT)
     out = torch.empty(parts, rank, width, device=x.device)
-    layout = _layout(out[0], count, slot, threshold)
+    layout = _layout(out[0], count, threshold)
     _factor_kernel[(triton.cdiv(width, WIDE), parts)](
-        lows, x, seeds, out, len(x), scale, part, **layout, tall=TALL, num_warps=4, num_stages=3
-    )
+        lows, x, *_hashes(seeds, *x.shape, threshold), out, len(x), scale, part, **layout, tall=FLAT,
+        num_warps=_warps(WIDE * count * layout["padded"]), num_stages=3,
+    )  # fmt: skip
     return out.sum(0)
 
 
 def of_input(
     lows: torch.Tensor, factors: torch.Tensor, seeds: torch.Tensor, base: torch.Tensor | None,
-    count: int, slot: int, threshold: int, scale: float,
+    count: int, threshold: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """See `stages.lib.model.low_rank.of_input`."""
     out = lows.new_empty(len(lows), factors.shape[1])
-    layout = _layout(factors, count, slot, threshold)
+    layout = _layout(factors, count, threshold)
     grid = (triton.cdiv(len(lows), FLAT), triton.cdiv(factors.shape[1], WIDE))
     _input_kernel[grid](
-        lows, factors, seeds, lows if base is None else base, out, len(lows), scale,
-        based=base is not None, **layout, tall=FLAT, num_warps=2,
+        lows, factors, *_hashes(seeds, *out.shape, threshold), lows if base is None else base, out,
+        len(lows), scale, based=base is not None, **layout, tall=FLAT, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -248,14 +291,19 @@ def of_up(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `stages.lib.model.low_rank.of_up`."""
     (rows, width), rank = gradient.shape, factor.shape[1]
-    part = triton.cdiv(triton.cdiv(rows, UP_PARTS), TALL) * TALL
-    parts, blocks = triton.cdiv(rows, part), triton.cdiv(width, UP_WIDE)
+    padded = max(16, triton.next_power_of_2(rank))
+    wide, most = (512, 16) if width > 8192 else (256, 32)
+    if SHARED < ROOMY:
+        wide, most = 128 if padded < 64 else 64, 32
+    wide = min(wide, 8192 // padded)
+    part, parts = _parts(rows, most, TALL)
+    blocks = triton.cdiv(width, wide)
     of_lows = torch.empty(blocks, rows, rank, device=lows.device)
     of_factor = torch.empty(parts, width, rank, device=lows.device)
     _ups_kernel[(blocks, parts)](
         gradient, lows, factor, of_lows, of_factor, rows, part, token=gradient.stride(0),
-        width=width, lows_width=lows.stride(0), rank=rank, padded=max(16, triton.next_power_of_2(rank)),
-        tall=TALL, wide=UP_WIDE, num_warps=8, num_stages=3,
+        width=width, lows_width=lows.stride(0), rank=rank, padded=padded,
+        tall=TALL, wide=wide, num_warps=4, num_stages=3,
     )  # fmt: skip
     return of_lows.sum(0).to(lows.dtype), of_factor.sum(0)
 
