@@ -1,15 +1,15 @@
 """Dropout as a pure function of a seed and a position: the same on every device, made anew and never stored.
 
-A row and a column have a thorough hash each, and the bits of an element are those of a product, which is
-cheap: the two hashes joined, times the row's made odd. With one factor for all rows, two of them that differ by
-few bits would drop alike. The seed is in the rows' hashes alone: the columns' are the same for all.
+An element's bits are the upper ones of factor * column + summand, modulo 2**32 (multiply-shift hashing,
+Dietzfelbinger 1996): one instruction. Factor and summand are thorough hashes of the row and the seed, so that
+any two elements are independent, whatever the columns' hashes are; those are the same for all.
 """
 
 import torch
 from torch import nn
 
 BITS = 15  # that decide for an element: those below the highest of its product's upper half
-COLUMNS = 0x5BF03635  # keeps the columns' hashes apart from the rows'
+OTHER = 0x5BF03635  # keeps apart what is hashed of a row, and rows from columns
 MOST = 0.95  # probability up to which the kernels' comparison, of fp16 numbers, is one of integers
 _FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)  # of "lowbias32" (Chris Wellons, 2018), as int32
 
@@ -20,14 +20,15 @@ def threshold(p: float) -> int:
 
 
 def row_hashes(seeds: torch.Tensor, rows: int) -> torch.Tensor:
-    """int32 [seeds, rows], for `seeds`, int32 [seeds]."""
+    """int32 [2, seeds, rows]: factors, which are odd, and summands, for `seeds`, int32 [seeds]."""
     at = torch.arange(rows, dtype=torch.int32, device=seeds.device)
-    return mixed(at ^ mixed(seeds)[:, None])
+    factors = mixed(at ^ mixed(seeds)[:, None])
+    return torch.stack((factors | 1, mixed(factors ^ OTHER)))
 
 
 def column_hashes(columns: int, place: torch.device) -> torch.Tensor:
     """int32 [columns]."""
-    return mixed(torch.arange(columns, dtype=torch.int32, device=place) ^ COLUMNS)
+    return mixed(torch.arange(columns, dtype=torch.int32, device=place) ^ OTHER)
 
 
 def keep(seeds: torch.Tensor, like: torch.Tensor, p: float) -> torch.Tensor:
@@ -37,8 +38,8 @@ def keep(seeds: torch.Tensor, like: torch.Tensor, p: float) -> torch.Tensor:
         seeds: int32 [1], any. like: its other sides are rows, one after the other.
     """
     columns = like.shape[-1]
-    row = row_hashes(seeds, like.numel() // columns)[0]
-    found = (row[:, None] ^ column_hashes(columns, like.device)) * (row | 1)[:, None]
+    factors, summands = row_hashes(seeds, like.numel() // columns)[:, 0, :, None]
+    found = factors * column_hashes(columns, like.device) + summands
     stays = _right(found, 16) & (2**BITS - 1) >= threshold(p)
     return stays.view(like.shape)
 

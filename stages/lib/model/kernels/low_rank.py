@@ -1,7 +1,7 @@
 """Triton kernels of the adapters' first factors: their input is read once, and no dropped copy of it is made.
 
 `count` adapters read one input. What drops an element is `stages.lib.model.dropout`'s, its hashes of rows and
-columns come as tables.
+columns come as tables, int32 [2, count, rows] and [columns].
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from stages.lib.model import dropout
 
 TALL, FLAT, WIDE = 64, 32, 128  # of a tile; found on an H200, as are the rest
+TILES = 4  # of a program
 PARTS = 16  # of the rows; their sums are added last, in order: the same to the last bit every time
 ROOMY = 200 * 2**10  # bytes of shared memory that large tiles need; consumers' GPUs have 99 KiB
 SHARED = (
@@ -21,17 +22,24 @@ SHARED = (
 
 
 @triton.jit
-def _products(rows, columns, times: tl.constexpr):
-    """Of hashes, uint32 [tall, wide]; of twice the products, the bits that decide are the highest."""
-    rows, columns = rows.to(tl.uint32, bitcast=True), columns.to(tl.uint32, bitcast=True)
-    return (rows ^ columns) * ((rows | 1) * times)
+def _of_rows(row_hashes, i: tl.constexpr, count: tl.constexpr, m, rows):
+    """Factors and summands of an adapter's rows, uint32, the shape of `m`."""
+    factors = tl.load(row_hashes + i * rows + m, m < rows)
+    summands = tl.load(row_hashes + (count + i) * rows + m, m < rows)
+    return factors.to(tl.uint32, bitcast=True), summands.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _drop(tile, products, threshold: tl.constexpr):
+def _of_columns(column_hashes, c, width):
+    """uint32, a row."""
+    return tl.load(column_hashes + c, c < width).to(tl.uint32, bitcast=True)[None, :]
+
+
+@triton.jit
+def _drop(tile, hashes, threshold: tl.constexpr):
     """A bf16 tile without what is dropped.
 
-    Two elements at once: the upper halves of their products, without the sign, are compared as fp16 numbers,
+    Two elements at once: the upper halves of their hashes, without the sign, are compared as fp16 numbers,
     whose order is that of their bits, and a number that is none is above all.
     """
     least: tl.constexpr = threshold << 16 | threshold
@@ -43,7 +51,22 @@ def _drop(tile, products, threshold: tl.constexpr):
         set.geu.u32.f16x2 both, both, $4;
         and.b32 $0, both, $1;
         }""",
-        "=r,r,r,r,r,r", [tile, products, least], dtype=tl.bfloat16, is_pure=True, pack=2,
+        "=r,r,r,r,r,r", [tile, hashes, least], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add(total, more, scale, twice, threshold: tl.constexpr):
+    """total + more * scale where it is kept; of twice the hashes, the bits that decide are the highest."""
+    least: tl.constexpr = threshold << 17
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred kept;
+        setp.hs.u32 kept, $4, $5;
+        mov.f32 $0, $1;
+        @kept fma.rn.f32 $0, $2, $3, $1;
+        }""",
+        "=f,f,f,f,r,r", [total, more, scale, twice, least], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -62,18 +85,18 @@ def _down_kernel(
     for i in tl.static_range(count):
         sums = sums + (tl.zeros([tall, padded], tl.float32),)  # noqa: RUF005
         if threshold > 0:
-            of_rows = of_rows + (tl.load(row_hashes + i * rows + m, m < rows),)  # noqa: RUF005
+            of_rows = of_rows + (_of_rows(row_hashes, i, count, m, rows),)  # noqa: RUF005
     for first in range(0, width, wide):
         c = first + tl.arange(0, wide)
         tile = tl.load(x + start * width + c[None, :], (m < rows) & (c < width)[None, :], other=0.0)
         near = (r < rank) & (c < width)[:, None]
         if threshold > 0:
-            of_columns = tl.load(column_hashes + c, c < width)[None, :]
+            of_columns = _of_columns(column_hashes, c, width)
         found = ()
         for i in tl.static_range(count):
             kept = tile
             if threshold > 0:
-                kept = _drop(tile, _products(of_rows[i], of_columns, 1), threshold)
+                kept = _drop(tile, of_columns * of_rows[i][0] + of_rows[i][1], threshold)
             factor = tl.load(factors + (i * rank + r) * width + c[:, None], near, other=0.0)
             found = found + (tl.dot(kept, factor, sums[i]),)  # noqa: RUF005
         sums = found
@@ -95,7 +118,7 @@ def _factor_kernel(
     end = tl.minimum(begin + part, rows)
     if threshold > 0:
         at = tl.program_id(0) * wide + tl.arange(0, wide)
-        of_columns = tl.load(column_hashes + at, at < width)[None, :]
+        of_columns = _of_columns(column_hashes, at, width)
     sums = ()
     for _ in tl.static_range(count):
         sums = sums + (tl.zeros([padded, wide], tl.float32),)  # noqa: RUF005
@@ -108,8 +131,8 @@ def _factor_kernel(
         for i in tl.static_range(count):
             kept = tile
             if threshold > 0:
-                of_rows = tl.load(row_hashes + i * rows + m, m < end)[:, None]
-                kept = _drop(tile, _products(of_rows, of_columns, 1), threshold)
+                times, plus = _of_rows(row_hashes, i, count, m[:, None], rows)
+                kept = _drop(tile, of_columns * times + plus, threshold)
             low = tl.load(lows + start[None, :] * (count * rank) + i * rank + r, near, other=0.0)
             found = found + (tl.dot(low, kept, sums[i]),)  # noqa: RUF005
         sums = found
@@ -122,37 +145,44 @@ def _factor_kernel(
 def _input_kernel(
     lows, factors, row_hashes, column_hashes, base, out, rows, scale, width: tl.constexpr,
     count: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, threshold: tl.constexpr,
-    tall: tl.constexpr, wide: tl.constexpr, based: tl.constexpr,
+    tall: tl.constexpr, wide: tl.constexpr, tiles: tl.constexpr, based: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of the input, added to what `base` has of it, if there is one."""
+    """Gradient of `tiles` tiles of the input, added to what `base` has of it, if there is one."""
     m = (tl.program_id(0) * tall + tl.arange(0, tall))[:, None]
-    c = tl.program_id(1) * wide + tl.arange(0, wide)
     r = tl.arange(0, padded)
     start = m.to(tl.int64)
-    at = start * width + c[None, :]
-    inside = (m < rows) & (c < width)[None, :]
-    if threshold > 0:
-        of_columns = tl.load(column_hashes + c, c < width)[None, :]
-    if based:
-        total = tl.load(base + at, inside, other=0.0).to(tl.float32)
-    else:
-        total = tl.zeros([tall, wide], tl.float32)
+    low = ()
+    of_rows = ()
     for i in tl.static_range(count):
-        low = tl.load(
+        mine = tl.load(
             lows + start * (count * rank) + i * rank + r[None, :],
             (m < rows) & (r < rank)[None, :], other=0.0,
         )  # fmt: skip
-        factor = tl.load(
-            factors + (i * rank + r)[:, None] * width + c[None, :],
-            (r < rank)[:, None] & (c < width)[None, :], other=0.0,
-        )  # fmt: skip
-        kept = scale
+        low = low + (mine,)  # noqa: RUF005
         if threshold > 0:
-            of_rows = tl.load(row_hashes + i * rows + m, m < rows)
-            highest = _products(of_rows, of_columns, 2)
-            kept = tl.where(highest >= threshold << 17, scale, 0.0)
-        total += tl.dot(low, factor) * kept
-    tl.store(out + at, total.to(tl.bfloat16), inside)
+            of_rows = of_rows + (_of_rows(row_hashes, i, count, m, rows),)  # noqa: RUF005
+    for tile in range(tiles):
+        c = (tl.program_id(1) * tiles + tile) * wide + tl.arange(0, wide)
+        at = start * width + c[None, :]
+        inside = (m < rows) & (c < width)[None, :]
+        if threshold > 0:
+            of_columns = _of_columns(column_hashes, c, width)
+        if based:
+            total = tl.load(base + at, inside, other=0.0).to(tl.float32)
+        else:
+            total = tl.zeros([tall, wide], tl.float32)
+        for i in tl.static_range(count):
+            factor = tl.load(
+                factors + (i * rank + r)[:, None] * width + c[None, :],
+                (r < rank)[:, None] & (c < width)[None, :], other=0.0,
+            )  # fmt: skip
+            more = tl.dot(low[i], factor)
+            if threshold > 0:
+                twice = of_columns * (of_rows[i][0] * 2) + of_rows[i][1] * 2
+                total = _add(total, more, scale, twice, threshold)
+            else:
+                total += more * scale
+        tl.store(out + at, total.to(tl.bfloat16), inside)
 
 
 @triton.jit
@@ -278,10 +308,11 @@ def of_input(
     """See `stages.lib.model.low_rank.of_input`."""
     out = lows.new_empty(len(lows), factors.shape[1])
     layout = _layout(factors, count, threshold)
-    grid = (triton.cdiv(len(lows), FLAT), triton.cdiv(factors.shape[1], WIDE))
+    grid = (triton.cdiv(len(lows), FLAT), triton.cdiv(factors.shape[1], TILES * WIDE))
     _input_kernel[grid](
         lows, factors, *_hashes(seeds, *out.shape, threshold), lows if base is None else base, out,
-        len(lows), scale, based=base is not None, **layout, tall=FLAT, num_warps=4,
+        len(lows), scale, based=base is not None, **layout, tall=FLAT, tiles=TILES,
+        num_warps=4,
     )  # fmt: skip
     return out
 
