@@ -30,10 +30,10 @@ RECIPE = {
 }  # fmt: skip
 
 
-def stage(name: str, run: Path, settings: dict[str, str]) -> dict[str, Any]:
+def stage(name: str, run: Path, settings: dict[str, str], *extra: str) -> dict[str, Any]:
     """Metrics and versions of a stage's run."""
     env = os.environ | RECIPE | settings | {"RUN_DIR": str(run)}
-    command = [sys.executable, "-m", "stages", name]
+    command = [sys.executable, "-m", "stages", name, *extra]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(
@@ -100,7 +100,9 @@ def main(
                 "LORA_TARGETS": names.replace("+", ","),
                 "SEED": seed,
             }
-            found = stage("train", place, settings | mine)
+            found = stage(
+                "train", place, settings | mine, "--allow-stale"
+            )  # of another seed, the same rows
             click.echo(f"{' '.join(case)}: {found['held_out_loss']:.4f}", err=True)
             facts = {
                 key: found[key]
