@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stages.lib.model import int8
 from stages.lib.model.loss import Row, lay_out, nll_sum, to
 from stages.lib.model.quick import Quick
 
@@ -122,6 +123,9 @@ def exact_twin(tuned: Any, described: dict[str, Any], **kept: Any) -> Any:
 
 
 def _numbers(source: Any) -> torch.Tensor:
+    if source.weight.dtype == torch.int8:
+        scales = source.state.SCB if source.weight.SCB is None else source.weight.SCB
+        return int8.dequantise(source.weight.data, scales, torch.float64)
     if hasattr(source, "scales"):  # FP8
         return source.weight.double() * source.scales.double()
     if hasattr(source.weight, "quant_state"):

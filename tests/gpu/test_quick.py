@@ -43,6 +43,8 @@ def built(family: str, precision: str, **kept: Any) -> Any:
         convert = fp8.convert
     elif precision == "nf4":
         from tests.lib.model.test_nf4 import convert
+    elif precision == "int8":
+        from tests.lib.model.test_int8 import convert
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return make(QUICK[family] | SIZES, dtype=dtype, place=PLACE, convert=convert, **kept)
 
@@ -60,7 +62,7 @@ def held_against_plain(family: str, precision: str, quick_loss: Any) -> None:
     assert not quick.remarks
     found = quick_loss(quick)
     of_found = gradients(tuned, found)
-    assert error(found, wanted) < (5e-3 if precision == "fp8" else 2e-3)
+    assert error(found, wanted) < (5e-3 if precision in ("fp8", "int8") else 2e-3)
     assert error(of_found, of_exact) < 1.3 * error(of_plain, of_exact)
 
 
@@ -79,7 +81,7 @@ def compiled_anew() -> Iterator[None]:
     + [
         (family, kind)
         for family in ("llama3", "mistral", "qwen2", "phi")
-        for kind in ("fp8", "nf4")
+        for kind in ("fp8", "nf4", "int8")
     ],
 )
 def test_loss_and_gradients_are_those_of_plain_peft(family: str, precision: str) -> None:
@@ -127,6 +129,7 @@ def test_packed_rows_are_rows_one_by_one(uniform: bool) -> None:
         ("phi", "bf16", True),
         ("llama3", "fp8", True),
         ("qwen2", "nf4", False),
+        ("llama3", "int8", True),
     ],
 )
 def test_compiled_they_are_too_and_nothing_is_compiled_again(

@@ -1,8 +1,12 @@
-"""The compiler, with one choice of ours: a row of hidden states is reduced from registers, not read twice."""
+"""The compiler, with choices of ours: rows are reduced from registers, and all that it makes is kept."""
 
+import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.virtualized import V
@@ -29,6 +33,15 @@ class Choices(InductorChoices):
         return f"rows up to {LONGEST}"
 
 
+@cache
+def _sources() -> str:
+    """A digest of the code beside this one: what was compiled from other code is not found."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def compiled(function: Any, backend: str = "inductor", **options: Any) -> Any:
     """A function, compiled when it is first called.
 
@@ -36,6 +49,9 @@ def compiled(function: Any, backend: str = "inductor", **options: Any) -> Any:
         options: of `torch.compile`.
     """
     settings.keep_compiled()
+    # Graphs with autograd functions are kept by no one else, for a key that does not know their code.
+    torch.compiler.config.cache_key_tag = _sources()
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # For the whole process: a backward pass may be compiled in another thread than its forward pass.
     config.inductor_choices_class = Choices
     return torch.compile(function, backend=backend, **options)

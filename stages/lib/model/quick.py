@@ -15,6 +15,7 @@ from stages.lib.model import (
     carrying,
     compiling,
     cross_entropy,
+    int8,
     load,
     lora,
     nf4,
@@ -55,7 +56,7 @@ class Quick:
         if why:
             self.remarks.append(f"{why}: it trains as transformers and peft have it")
         self.packed = not why
-        self.compiles = self.packed and load.device().type == "cuda" and precision != "int8"
+        self.compiles = self.packed and load.device().type == "cuda"
         self.backend = "inductor"
         self.layers: list[tuple[Any, Any]] = []
         self.traffic: Offload | None = None
@@ -67,6 +68,8 @@ class Quick:
                 projections.fuse(self.causal)
             elif precision == "nf4":
                 (nf4.unpack if unpacked else nf4.lighten)(self.causal)
+            elif precision == "int8":
+                int8.lighten(self.causal)
             self.layers = [(layer, layer.forward) for layer in self.causal.model.layers]
 
     def shape(self, lengths: Any, tokens: int) -> Shape | None:

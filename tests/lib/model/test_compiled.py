@@ -1,7 +1,11 @@
 """One graph for all layers and all bins: what the GPU compiles, compiled on the CPU without its kernels."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +19,13 @@ from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum
 from stages.lib.model.quick import Quick
 from tests.decoders import QUICK, error, gradients, make, some
+from tests.lib.model.test_int8 import convert as to_int8
 from tests.lib.model.test_nf4 import convert as to_nf4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 128
 MORE = {"gemma3": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}}
-CONVERT = {"fp32": None, "bf16": None, "fp8": fp8.convert, "nf4": to_nf4}
+CONVERT = {"fp32": None, "bf16": None, "fp8": fp8.convert, "nf4": to_nf4, "int8": to_int8}
 
 
 def masked(
@@ -67,6 +72,7 @@ def arrange(quick: Quick, recompute: bool) -> None:
         ("qwen2", "nf4", True),
         ("qwen2", "fp8", False),
         ("llama3", "fp8", True),
+        ("qwen2", "int8", True),
     ],
 )
 def test_all_layers_and_bins_share_one_graph(
@@ -155,6 +161,33 @@ def test_offloaded_layers_keep_what_is_planned_and_give_the_same_gradients(
     held = [layer.self_attn.held for layer, _ in quick.layers]
     assert held.count(False) == 1
     assert counters["stats"]["unique_graphs"] - before == len(set(zip(types, held, strict=True)))
+
+
+AGAIN = """
+import torch
+from torch._dynamo.utils import counters
+from stages.lib.model import compiling
+from stages.lib.model.low_rank import Down
+
+def branch(x, factors, seeds):
+    return Down.apply(x, factors, seeds, {p}, 0.5).relu()
+
+x, factors = (torch.ones(size).requires_grad_() for size in ((8, 16), (4, 16)))
+compiling.compiled(branch)(x, factors, torch.tensor([5], dtype=torch.int32)).sum().backward()
+print(*(counters["aot_autograd"][name] for name in ("autograd_cache_hit", "autograd_cache_miss")))
+"""
+
+
+def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    """Autograd functions of ours among it; with another number in it, it is compiled anew."""
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    env = {name: value for name, value in env.items() if not name.endswith("CACHE_DIR")}
+    found = []
+    for p in (0.1, 0.1, 0.2):
+        command = [sys.executable, "-c", AGAIN.format(p=p)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        found.append(done.stdout.split())
+    assert found == [["0", "1"], ["1", "0"], ["0", "1"]]
 
 
 def test_a_mask_of_all_tokens_says_the_same_as_the_bounds() -> None:
