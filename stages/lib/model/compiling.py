@@ -11,8 +11,6 @@ from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.virtualized import V
 
-from stages.lib.run import settings
-
 LONGEST = 8192  # elements of a row; the compiler's own limit is 1,024
 
 
@@ -48,7 +46,6 @@ def compiled(function: Any, backend: str = "inductor", **options: Any) -> Any:
     Args:
         options: of `torch.compile`.
     """
-    settings.keep_compiled()
     # Graphs with autograd functions are kept by no one else, for a key that does not know their code.
     torch.compiler.config.cache_key_tag = _sources()
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

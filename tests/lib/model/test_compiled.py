@@ -164,16 +164,18 @@ def test_offloaded_layers_keep_what_is_planned_and_give_the_same_gradients(
 
 
 AGAIN = """
+from stages.lib.model import compiling, quick
+from stages.lib.model.low_rank import Down
 import torch
 from torch._dynamo.utils import counters
-from stages.lib.model import compiling
-from stages.lib.model.low_rank import Down
 
 def branch(x, factors, seeds):
-    return Down.apply(x, factors, seeds, {p}, 0.5).relu()
+    return Down.apply(x, factors, seeds, p, 0.5).relu()
 
 x, factors = (torch.ones(size).requires_grad_() for size in ((8, 16), (4, 16)))
-compiling.compiled(branch)(x, factors, torch.tensor([5], dtype=torch.int32)).sum().backward()
+for p in {ps}:
+    torch._dynamo.reset()
+    compiling.compiled(branch)(x, factors, torch.tensor([5], dtype=torch.int32)).sum().backward()
 print(*(counters["aot_autograd"][name] for name in ("autograd_cache_hit", "autograd_cache_miss")))
 """
 
@@ -183,11 +185,12 @@ def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     env = {name: value for name, value in env.items() if not name.endswith("CACHE_DIR")}
     found = []
-    for p in (0.1, 0.1, 0.2):
-        command = [sys.executable, "-c", AGAIN.format(p=p)]
+    for ps in ([0.1], [0.1, 0.2]):
+        command = [sys.executable, "-c", AGAIN.format(ps=ps)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         found.append(done.stdout.split())
-    assert found == [["0", "1"], ["1", "0"], ["0", "1"]]
+    assert found == [["0", "1"], ["1", "1"]]
+    assert any((tmp_path / "lora-stages/compiled/inductor").iterdir())
 
 
 def test_a_mask_of_all_tokens_says_the_same_as_the_bounds() -> None:
