@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import train
+from bench import quality, train
 from bench.train_results import SEVEN, merge, operations, table
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,15 @@ def test_the_plot_is_that_of_the_results() -> None:
         if result["workload"] in train.WORKLOADS and result["workload"] != train.START:
             speed = f">{result['tokens_per_second'] / 1000:.1f}k<"
             assert speed in picture, "run `python -m bench.plot`"
+
+
+def test_an_fp8_base_costs_what_the_documents_say() -> None:
+    results = json.loads(quality.RESULTS.read_text())
+    said = quality.table(results)
+    assert said in (ROOT / "docs/training.md").read_text()
+    more = [line.split("|")[5] for line in said.splitlines() if "| fp8 |" in line]
+    assert len(more) == 2
+    assert all(float(one) <= 0.025 for one in more)
 
 
 def test_a_token_of_llama_2_takes_what_was_counted_by_hand() -> None:

@@ -15,6 +15,7 @@ from stages.lib.model import (
     carrying,
     compiling,
     cross_entropy,
+    flash,
     int8,
     load,
     lora,
@@ -43,7 +44,7 @@ class Quick:
         unpacked: dequantise NF4 once, not at every product.
 
     Attributes:
-        remarks: what stays plain, and why; a sentence each.
+        remarks: what is not as usual, and why; a sentence each.
         seed: of the adapter's dropout, int32 scalar on the device, to be set for each bin.
     """
 
@@ -107,12 +108,25 @@ class Quick:
             attention.register()
             causal.config._attn_implementation = attention.NAME
             causal.forward = types.MethodType(functools.partial(_forward, original, piece), causal)
+            self.remarks += self._flash()
             quick = nll_sum(causal, to(lay_out(_probe(), Shape(max(PROBE))), place))
         off = abs(float(quick - plain)) / (sum(PROBE) - len(PROBE))
         if off <= CLOSE[self.precision == "fp32"]:
             return None
         causal.config._attn_implementation, causal.forward = before, original
         return f"packed attention is {off:.2g} nats off for {causal.config.model_type}"
+
+    def _flash(self) -> list[str]:
+        """Have attention computed by FlashAttention 3 or 4, where that can be; and what is to be said."""
+        config, place = self.causal.config, self.causal.device
+        if place.type != "cuda" or self.precision == "fp32":
+            return []
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        window = getattr(config, "sliding_window", None)
+        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            found = flash.adopt(heads, config.num_key_value_heads, width, window, place)
+        return [found] if found else []
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
