@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from torch._dynamo.exc import TorchDynamoException
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.virtualized import V
+
+from stages.lib.run.progress import say
 
 LONGEST = 8192  # elements of a row; the compiler's own limit is 1,024
 
@@ -52,3 +55,29 @@ def compiled(function: Any, backend: str = "inductor", **options: Any) -> Any:
     # For the whole process: a backward pass may be compiled in another thread than its forward pass.
     config.inductor_choices_class = Choices
     return torch.compile(function, backend=backend, **options)
+
+
+def tried(function: Any, name: str, **options: Any) -> Any:
+    """A function, compiled when it is first called; where that fails it is said, and it stays as it is.
+
+    Args:
+        name: what to call it. options: as of `compiled`.
+    """
+    chosen = compiled(function, **options)
+
+    def call(*given: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*given)
+        except TorchDynamoException as error:
+            say(f"{name} cannot be compiled here ({reason(error)}): it runs as it is, and slower")
+            chosen = function
+            return chosen(*given)
+
+    return call
+
+
+def reason(error: Exception) -> str:
+    """What a compiler says, in a line."""
+    first, *more = str(error).strip().splitlines()
+    return f"{first} {more[0]}" if first.endswith(":") and more else first

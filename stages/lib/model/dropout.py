@@ -8,7 +8,7 @@ any two elements are independent, whatever the columns' hashes are; those are th
 import torch
 from torch import nn
 
-BITS = 15  # that decide for an element: those below the highest of its product's upper half
+BITS = 15  # that decide for an element: those below the highest of its hash's upper half
 OTHER = 0x5BF03635  # keeps apart what is hashed of a row, and rows from columns
 MOST = 0.95  # probability up to which the kernels' comparison, of fp16 numbers, is one of integers
 _FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)  # of "lowbias32" (Chris Wellons, 2018), as int32

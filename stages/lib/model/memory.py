@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.lib.model import fp8, host, load, plan
+from stages.lib.model import compiling, fp8, host, load, plan
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Unpinned
@@ -159,8 +159,8 @@ def _passes(quick: Quick, lengths: Ints, choice: Choice) -> bool:
         quick.arrange(choice.recomputed, choice.offloaded, choice.lean)
         return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        say(f"the layers cannot be compiled here ({reason}): they run as they are, and slower")
+        why = compiling.reason(error)
+        say(f"the layers cannot be compiled here ({why}): they run as they are, and slower")
         quick.compiles = False
         quick.arrange(choice.recomputed, choice.offloaded, choice.lean)
         return _fits(quick, quick.shape(lengths, choice.tokens), choice.tokens)

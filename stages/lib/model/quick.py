@@ -102,7 +102,7 @@ class Quick:
         before, original = causal.config._attn_implementation, causal.forward
         piece = cross_entropy.piece
         if place.type == "cuda":
-            piece = compiling.compiled(piece, dynamic=True)
+            piece = compiling.tried(piece, "the loss", dynamic=True)
         with self._at_rest():
             plain = nll_sum(causal, to(lay_out(_probe()), place))
             attention.register()

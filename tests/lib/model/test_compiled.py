@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface
 
-from stages.lib.model import attention, carrying, fp8, load, offload
+from stages.lib.model import attention, carrying, compiling, fp8, load, offload
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum
 from stages.lib.model.quick import Quick
@@ -161,6 +161,24 @@ def test_offloaded_layers_keep_what_is_planned_and_give_the_same_gradients(
     held = [layer.self_attn.held for layer, _ in quick.layers]
     assert held.count(False) == 1
     assert counters["stats"]["unique_graphs"] - before == len(set(zip(types, held, strict=True)))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_is_said(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tries = []
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        tries.append(graph)
+        raise ValueError("no such instruction\nand more")
+
+    double = compiling.tried(lambda x: x * 2, "the double", backend=broken)
+    torch._dynamo.reset()
+    assert [float(double(torch.tensor(n))) for n in (1.0, 2.0)] == [2.0, 4.0]
+    said = capfd.readouterr().err
+    assert said.count("the double cannot be compiled here") == len(tries) == 1
+    assert "no such instruction" in said
+    assert "and more" not in said
 
 
 AGAIN = """
