@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from stages import __version__
-from stages.lib.run import settings
+from stages.lib.run import environment, settings
 from stages.lib.run.exits import Reported
 
 
@@ -25,7 +25,7 @@ def stages(ctx: click.Context, env_file: Path | None) -> None:
     group = ctx.command
     assert isinstance(group, settings.Stages)
     settings.check_make_overrides(group.names())
-    settings.load_secrets(Path("env"))
+    environment.load_secrets(Path("env"))
     if env_file:
         group.use_preset(ctx, env_file)
 

@@ -22,9 +22,9 @@ def _up(y: torch.Tensor, lows: torch.Tensor, factors: list[Factor]) -> torch.Ten
     """y [M, N] with what the adapters' second factors [size, rank] add to its columns, side by side."""
     count = sum(factor is not None for factor in factors)
     if low_rank.fits(y, lows.shape[1] // count):
-        from stages.lib.model.kernels import low_rank as kernels
+        from stages.lib.model.kernels import second_factors
 
-        return kernels.up(y, lows, factors)
+        return second_factors.up(y, lows, factors)
     low = iter(lows.chunk(count, 1))
     parts = zip(y.chunk(len(factors), 1), factors, strict=True)
     return torch.cat([p if f is None else p + next(low) @ f.t() for p, f in parts], 1)

@@ -100,9 +100,9 @@ def of_up(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of lows [M, rank] and of the second factor [N, rank], from their product's, [M, N]."""
     if fits(gradient, lows.shape[1]):
-        from stages.lib.model.kernels import low_rank
+        from stages.lib.model.kernels import second_factors
 
-        return low_rank.of_up(gradient, lows, factor)
+        return second_factors.of_up(gradient, lows, factor)
     return gradient @ factor, gradient.t() @ lows
 
 

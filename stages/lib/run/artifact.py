@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.lib.run import preemption
-from stages.lib.run.exits import BadData, from_os_error
+from stages.lib.run.exits import BadData, CannotWrite, from_os_error
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -63,6 +63,57 @@ def writing(path: Path) -> Iterator[None]:
         raise known from error
 
 
+class Draft:
+    """An artifact that grows file by file in its place, and has no manifest until it is whole.
+
+    As a context it retires what was not finished: a full disk is not helped by half an artifact.
+
+    Args:
+        target: its folder; what was there is retired.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.path = target
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._whole: dict[str, Any] | None = None
+
+    def __enter__(self) -> "Draft":
+        with writing(self.path):
+            retire(self.path)
+            self.path.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._whole is None:
+            with contextlib.suppress(OSError):
+                retire(self.path)
+
+    def take(self, source: Path, name: str | None = None) -> None:
+        """Copy a finished file into it, under its own name or another.
+
+        Raises:
+            CannotWrite: the disk is full or the folder cannot be written.
+        """
+        name = name or source.name
+        with writing(self.path):
+            self._entries[name] = _copy(source, self.path / name)
+
+    def move(self, source: Path) -> None:
+        """As `take`; the source is gone then."""
+        self.take(source)
+        source.unlink()
+
+    def finish(self, manifest: dict[str, Any]) -> Artifact:
+        """Write its manifest, with the sizes and hashes of its files: now it is there."""
+        whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
+        content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
+        with writing(self.path):
+            _write(self.path / MANIFEST, content)
+            _flush_folder(self.path)
+        self._whole = whole
+        return Artifact(self.path, whole)
+
+
 def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
@@ -70,27 +121,24 @@ def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
         CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
-    with preemption.deferred(), writing(target):
-        retire(target)
-        try:
-            whole = _copy_all(source, target, manifest)
-        except OSError:
-            with contextlib.suppress(OSError):
-                retire(target)  # a full disk is not helped by half an artifact
-            raise
-    return Artifact(target, whole)
+    with preemption.deferred(), Draft(target) as draft:
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            draft.take(path, path.relative_to(source).as_posix())
+        return draft.finish(manifest)
 
 
-def _copy_all(source: Path, target: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    target.mkdir(parents=True, exist_ok=True)
-    entries = {}
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        name = path.relative_to(source).as_posix()
-        entries[name] = _copy(path, target / name)
-    whole = {"schema": SCHEMA} | manifest | {"files": entries}
-    _write(target / MANIFEST, json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n")
-    _flush_folder(target)
-    return whole
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Raises:
+        CannotWrite: the disk of a folder has less than `size` bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CannotWrite(
+            f"{folder} has {free / 2**30:.1f} GiB free, {size / 2**30:.1f} are needed; free some, or choose "
+            "another RUN_DIR"
+        )
 
 
 def retire(target: Path) -> None:

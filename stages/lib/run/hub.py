@@ -4,7 +4,7 @@ import json
 from errno import ENOSPC
 from pathlib import Path
 
-from stages.lib.run import settings
+from stages.lib.run import environment
 from stages.lib.run.exits import (
     BadSetting,
     CannotWrite,
@@ -87,7 +87,7 @@ def told_apart(
             f"{repository} is gated: accept its terms at {page} and {_token_remedy()}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "" if settings.has_token() else ", or it is private: then set HF_TOKEN"
+        hint = "" if environment.has_token() else ", or it is private: then set HF_TOKEN"
         return Missing(f"the hub has no repository {repository}{hint}")
     if isinstance(error, errors.RevisionNotFoundError):
         return Missing(f"{repository} has no revision {revision!r}")
@@ -123,6 +123,6 @@ def _no_answer(repository: str, error: BaseException | None) -> StageError:
 
 
 def _token_remedy() -> str:
-    if settings.has_token():
+    if environment.has_token():
         return "check that HF_TOKEN belongs to an account with access"
     return "set HF_TOKEN in the environment or in env/secrets.env"

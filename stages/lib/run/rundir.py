@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, lease, settings
+from stages.lib.run import artifact, environment, lease, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -182,7 +182,29 @@ class Run:
     ) -> Artifact:
         """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
         self.check_held()
-        manifest = {
+        manifest = self.manifest(inputs, metrics, **facts)
+        return artifact.publish(source, self.folder / name, manifest)
+
+    @contextlib.contextmanager
+    def draft(self, name: str, size: int) -> Iterator[artifact.Draft]:
+        """Publish `name` file by file, where it is too large to lie finished elsewhere.
+
+        Args:
+            size: bytes that it will have.
+
+        Raises:
+            CannotWrite: there is no room for it.
+        """
+        self.check_held()
+        artifact.check_room(self.folder, size)
+        with artifact.Draft(self.folder / name) as draft:
+            yield draft
+
+    def manifest(
+        self, inputs: dict[str, Any], metrics: dict[str, Any], **facts: Any
+    ) -> dict[str, Any]:
+        """What is said of an artifact beside its files."""
+        return {
             "stage": self.stage,
             "inputs": inputs,
             "settings": self.settings,
@@ -191,14 +213,13 @@ class Run:
             "wall_seconds": round(time.monotonic() - self.started, 3),
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         } | facts
-        return artifact.publish(source, self.folder / name, manifest)
 
     @contextlib.contextmanager
     def work(self) -> Iterator[Path]:
         """Hold the run directory, with a scratch folder that goes away at the end."""
         with lease.held(self.folder) as self.check_held:
             (self.folder / "error.json").unlink(missing_ok=True)
-            parent = settings.scratch_parent()
+            parent = environment.scratch_parent()
             with artifact.writing(parent):
                 parent.mkdir(parents=True, exist_ok=True)
                 scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)

@@ -1,26 +1,21 @@
-"""Settings: each is one click option with an environment name. Nothing else reads the environment.
+"""Settings: each is one click option with an environment name. Beside it, `environment` alone reads that.
 
 Precedence: flag > environment > preset (`--env-file FILE`, read with python-dotenv) > default.
 """
 
-import contextlib
 import difflib
-import logging
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stages.lib.run import preemption, progress
+from stages.lib.run import environment, preemption, progress
 from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-# What the libraries and `scratch_parent` read, beside the settings; proxies in both spellings.
+# What the libraries and `environment.scratch_parent` read, beside the settings; proxies in both spellings.
 OTHERS = (
     "SCRATCH_DIR", "MAKE_GIVEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS",
@@ -76,7 +71,8 @@ class Stage(click.Command):
         outcome.stage = ctx.info_name
         outcome.run_dir = ctx.params.get("run_dir")
         preemption.listen()
-        _quiet_libraries()
+        environment.quiet_libraries()
+        environment.keep_compiled()
         progress.start(str(ctx.info_name))
         progress.say(announcement(ctx))
         return super().invoke(ctx)
@@ -98,7 +94,7 @@ class Stages(click.Group):
 
     def names(self) -> list[str]:
         """Every environment name that a container is to be given."""
-        return sorted({*self.declared(), *SECRETS, *OTHERS})
+        return sorted({*self.declared(), *environment.SECRETS, *OTHERS})
 
     def use_preset(self, ctx: click.Context, path: Path) -> None:
         """Make a preset's values the defaults of the commands that declare them."""
@@ -122,9 +118,9 @@ def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
         folder = path.parent if path.parent.is_dir() else Path(".")
         near = did_you_mean(path.name, [file.name for file in folder.glob("*.env")])
         raise BadSetting(f"there is no preset {path}.{near}")
-    values = _lines_of(path)
+    values = environment.lines_of(path)
     for key in values:
-        if key in SECRETS:
+        if key in environment.SECRETS:
             raise BadSetting(
                 f"{path} holds {key}: secrets belong in the environment or env/secrets.env"
             )
@@ -132,28 +128,6 @@ def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
             near = did_you_mean(key, declared)
             raise BadSetting(f"{path} sets {key}, which is no setting.{near}")
     return {key: value for key, value in values.items() if value}
-
-
-def _lines_of(path: Path) -> dict[str, str]:
-    """The NAME=value lines of a file, as python-dotenv reads them; it passes over others in silence."""
-    from dotenv.parser import parse_stream
-
-    values = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in parse_stream(file):
-                place = f"{path}:{line.original.line}"
-                if line.error:
-                    raise BadSetting(f"{place} is no NAME=value: {line.original.string.strip()!r}")
-                if line.key and line.value is None:
-                    raise BadSetting(
-                        f"{place} names {line.key} without a value: write {line.key}=VALUE"
-                    )
-                if line.key:
-                    values[line.key] = line.value or ""
-    except UnicodeDecodeError as error:
-        raise BadSetting(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
-    return values
 
 
 def check_make_overrides(known: Iterable[str]) -> None:
@@ -231,70 +205,3 @@ def announcement(ctx: click.Context) -> str:
                 value = value if len(value) <= 60 else value[:57] + "..."
                 words.append(f"{option.variable}={value!r} from the {ORIGINS[source]}")
     return "; ".join(words)
-
-
-def load_secrets(folder: Path) -> None:
-    """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
-    path = folder / "secrets.env"
-    if path.is_file():
-        for key, value in _lines_of(path).items():
-            if value and not os.environ.get(key):
-                os.environ[key] = value
-    for key in SECRETS:
-        if os.environ.get(key) == "":  # empty means unset
-            del os.environ[key]
-
-
-def has_token() -> bool:
-    """Whether a Hugging Face token was given."""
-    return bool(os.environ.get("HF_TOKEN"))
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for this product."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
-
-
-def keep_compiled() -> None:
-    """Have the compiler keep its results there, if that can be written and its own variables are unset."""
-    for variable, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        folder = cache_dir() / "compiled" / kind
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                os.environ.setdefault(variable, str(folder))
-
-
-def scratch_parent() -> Path:
-    """The local folder that holds unfinished work."""
-    return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
-
-
-def use_one_thread() -> None:
-    """Keep a worker process from starting threads of its own."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice out of a log that programs read."""
-    for name, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "critical",
-        "HF_HUB_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-        "BITSANDBYTES_NOWELCOME": "1",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    }.items():
-        os.environ.setdefault(name, value)
-    # It reports a kernel that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        import warnings
-
-        warnings.filterwarnings("ignore", module="transformers", category=FutureWarning)
-        warnings.filterwarnings("ignore", module="huggingface_hub")

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from stages.lib.run import preemption, settings
+from stages.lib.run import environment, preemption
 from stages.lib.run.exits import TryAgain
 
 Given = TypeVar("Given")
@@ -87,7 +87,7 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it went before it could be asked
         os._exit(1)
-    settings.use_one_thread()
+    environment.use_one_thread()
     gc.set_threshold(YOUNG)
 
 

@@ -182,6 +182,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_is_said(
 
 
 AGAIN = """
+from stages.lib.run import environment
+environment.keep_compiled()
 from stages.lib.model import compiling, quick
 from stages.lib.model.low_rank import Down
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.run import settings
+from stages.lib.run import environment
 from tests.conftest import ROOT, Stages, clean_environment
 
 BASE = ["--base-model", "sample", "--dataset", "sample"]
@@ -130,7 +130,7 @@ def test_what_is_compiled_is_kept_where_it_can_be(
         monkeypatch.setenv(name, "mine")  # to be restored
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    settings.keep_compiled()
+    environment.keep_compiled()
     kept = tmp_path / "lora-stages/compiled/inductor"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(kept)
     assert kept.is_dir()
@@ -138,5 +138,5 @@ def test_what_is_compiled_is_kept_where_it_can_be(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    settings.keep_compiled()
+    environment.keep_compiled()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

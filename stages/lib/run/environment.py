@@ -1,0 +1,104 @@
+"""The process' environment, which the libraries read: secrets, caches, and what they would say."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from stages.lib.run.exits import BadSetting
+
+SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+def lines_of(path: Path) -> dict[str, str]:
+    """The NAME=value lines of a file, as python-dotenv reads them; it passes over others in silence."""
+    from dotenv.parser import parse_stream
+
+    values = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in parse_stream(file):
+                place = f"{path}:{line.original.line}"
+                if line.error:
+                    raise BadSetting(f"{place} is no NAME=value: {line.original.string.strip()!r}")
+                if line.key and line.value is None:
+                    raise BadSetting(
+                        f"{place} names {line.key} without a value: write {line.key}=VALUE"
+                    )
+                if line.key:
+                    values[line.key] = line.value or ""
+    except UnicodeDecodeError as error:
+        raise BadSetting(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
+    return values
+
+
+def load_secrets(folder: Path) -> None:
+    """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
+    path = folder / "secrets.env"
+    if path.is_file():
+        for key, value in lines_of(path).items():
+            if value and not os.environ.get(key):
+                os.environ[key] = value
+    for key in SECRETS:
+        if os.environ.get(key) == "":  # empty means unset
+            del os.environ[key]
+
+
+def has_token() -> bool:
+    """Whether a Hugging Face token was given."""
+    return bool(os.environ.get("HF_TOKEN"))
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for this product."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
+
+
+def keep_compiled() -> None:
+    """Have the compiler keep its results there, if that can be written and its own variables are unset.
+
+    Before bitsandbytes is imported: it compiles, and torch then chooses a temporary folder for the process.
+    """
+    for variable, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        folder = cache_dir() / "compiled" / kind
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ.setdefault(variable, str(folder))
+
+
+def scratch_parent() -> Path:
+    """The local folder that holds unfinished work."""
+    return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
+
+
+def use_one_thread() -> None:
+    """Keep a worker process from starting threads of its own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice out of a log that programs read."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "critical",
+        "HF_HUB_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }.items():
+        os.environ.setdefault(name, value)
+    # It reports a kernel that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.filterwarnings("ignore", module="transformers", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="huggingface_hub")
