@@ -149,11 +149,13 @@ def prompts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def head(folder: Path, count: int) -> Iterator[tuple[int, list[int], list[bool]]]:
-    """The first rows for training: number, token ids and trained mask; `datasets` is not needed for it."""
+def head(
+    folder: Path, count: int, part: str = "train"
+) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """The first rows of a part: number, token ids and trained mask; `datasets` is not needed for it."""
     import pyarrow as pa
 
-    with pa.memory_map(str(folder / "train.arrow")) as file:
+    with pa.memory_map(str(folder / f"{part}.arrow")) as file:
         for batch in pa.ipc.open_stream(file):
             for row in batch.slice(0, count).to_pylist():
                 yield row["row"], row["input_ids"], row["trained"]

@@ -150,13 +150,21 @@ class Fp8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+def projections(model: Any) -> list[str]:
+    """The names of a model's linear layers that can be in e4m3: all but its head."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module is not head
+        and not (module.in_features % ALIGNMENT or module.out_features % ALIGNMENT)
+    ]
+
+
 def convert(model: Any) -> None:
     """Replace every projection of a model, but its head, one after the other."""
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            aligned = type(module) is nn.Linear and not (
-                module.in_features % ALIGNMENT or module.out_features % ALIGNMENT
-            )
-            if aligned and module is not head:
-                setattr(parent, name, Fp8Linear(module))
+    for name in projections(model):
+        parent, _, own = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, own, Fp8Linear(getattr(holder, own)))

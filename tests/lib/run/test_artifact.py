@@ -110,3 +110,29 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(
             tmp_path / "source", made.path, FACTS | {"metrics": {"loss": float("nan")}}
         )
     assert artifact.load(made.path, deep=True) is not None
+
+
+def test_a_draft_is_there_when_it_is_finished_and_gone_when_it_is_not(tmp_path: Path) -> None:
+    target, source = tmp_path / "run" / "large", tmp_path / "part"
+    with artifact.Draft(target) as draft:
+        for number in range(2):
+            source.write_text(f"part {number}")
+            source.rename(source.with_name(f"part{number}"))
+            draft.move(source.with_name(f"part{number}"))
+            assert artifact.load(target) is None
+        draft.finish({"metrics": {}})
+    found = artifact.load(target, deep=True)
+    assert found
+    assert sorted(found.manifest["files"]) == ["part0", "part1"]
+    assert not list(tmp_path.glob("part*"))
+    with pytest.raises(KeyboardInterrupt), artifact.Draft(target) as draft:
+        source.write_text("again")
+        draft.move(source)
+        raise KeyboardInterrupt
+    assert not target.exists()
+
+
+def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
+    artifact.check_room(tmp_path, 1)
+    with pytest.raises(CannotWrite, match="GiB free, 1073741824.0 are needed"):
+        artifact.check_room(tmp_path, 2**60)

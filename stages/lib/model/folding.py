@@ -1,0 +1,149 @@
+"""Weights by name: as a base was published, as it was trained on, and with an adapter folded in."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.lib.model import fp8, int8
+from stages.lib.model.adapter_files import CONFIG, WEIGHTS
+
+Weights = Mapping[str, torch.Tensor]
+PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+def empty(folder: Path) -> Any:
+    """The model of a folder without its weights: they are on the meta device, its buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+class Trained(Weights):
+    """A base as a run had it in memory, dequantised: what its adapter was trained on.
+
+    Args:
+        source: as published. model: see `empty`. precision: of the run.
+    """
+
+    def __init__(self, source: Weights, model: Any, precision: str) -> None:
+        self.source, self.precision = source, precision
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.quantised = _quantised(model, precision)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.source[name].to(self.dtype)
+        return _rounded(weight, self.precision) if name in self.quantised else weight
+
+
+def _quantised(model: Any, precision: str) -> set[str]:
+    """The names of the weights that a precision does not leave as they are."""
+    if precision == "fp8":
+        return {f"{name}.weight" for name in fp8.projections(model)}
+    if precision not in ("nf4", "int8"):
+        return set()
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    left = get_keys_to_not_convert(model)
+    linear = (n for n, module in model.named_modules() if type(module) is torch.nn.Linear)
+    return {f"{name}.weight" for name in linear if not any(part in name for part in left)}
+
+
+def _rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
+    """A weight in bf16, there and back through its precision, by the functions that loading uses."""
+    import bitsandbytes.functional as bnb
+
+    if precision == "fp8":
+        values, scales = fp8.powers(weight)
+        return (values.float() * scales).to(weight.dtype)
+    if precision == "int8":
+        values, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        return int8.dequantise(values, scales, weight.dtype)
+    packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    rounded: torch.Tensor = bnb.dequantize_4bit(packed, state)
+    return rounded
+
+
+class Pairs:
+    """The factors of a saved adapter by the name of the weight that they change.
+
+    Args:
+        folder: of the adapter.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.path = folder / WEIGHTS
+        self.config = json.loads((folder / CONFIG).read_text())
+        with safe_open(self.path, framework="pt") as file:
+            self.names = list(file.keys())
+        self.scale = self.config["lora_alpha"] / self.config["r"]
+
+    @property
+    def simple(self) -> bool:
+        """Whether it is pairs of factors of linear layers and nothing else, with one scale."""
+        odd = (
+            "use_dora",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+            "modules_to_save",
+        )
+        return all(name.endswith((DOWN, UP)) for name in self.names) and not any(
+            self.config.get(key) for key in odd
+        )
+
+    def __contains__(self, weight: str) -> bool:
+        return self._of(weight) + DOWN in self.names
+
+    def missing(self, weights: Weights) -> list[str]:
+        """The modules of it that weights have not."""
+        modules = (
+            name.removeprefix(PREFIX).removesuffix(DOWN)
+            for name in self.names
+            if name.endswith(DOWN)
+        )
+        return [module for module in modules if f"{module}.weight" not in weights]
+
+    def delta(self, weight: str) -> torch.Tensor:
+        """What it adds to a weight: alpha / rank * B A, fp32 [out, in]."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            down, up = (file.get_tensor(self._of(weight) + end).float() for end in (DOWN, UP))
+        return up @ down * self.scale
+
+    def _of(self, weight: str) -> str:
+        return PREFIX + weight.removesuffix(".weight")
+
+
+class Folded(Weights):
+    """Weights with an adapter in them, summed in fp32 and rounded once to the weight's own type."""
+
+    def __init__(self, source: Weights, pairs: Pairs) -> None:
+        self.source, self.pairs = source, pairs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.source[name]
+        if name not in self.pairs:
+            return weight
+        return (weight.float() + self.pairs.delta(name)).to(weight.dtype)
