@@ -33,10 +33,11 @@ from typing import Any
 
 import click
 
+from bench import conversations
+from bench.conversations import ROOT
 from bench.memory import Memory
 from bench.prepare_data_peers import CEILING, CORES, DATASETS, MAX_LENGTH, TRL
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGE = "prepare-data"
 FEW = 64
 WORK = 0.3  # least share of a run that is not start-up, for a rate without start-up
@@ -238,11 +239,7 @@ def measure(bench: Bench, data: Path, shares: dict[str, int], repeat: int) -> di
 @click.option("--peers", default=f"{DATASETS},{TRL}", show_default=True, help="May be empty.")
 @click.option("--mark-answers", is_flag=True, help="Let the peers write the assistant's mask too.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--data", default=ROOT / "../shared/data/oasst-guanaco.jsonl", show_default=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Conversations in the shape of openassistant-guanaco.",
-)  # fmt: skip
+@conversations.option
 @click.option(
     "--output", default=ROOT / "bench/results/prepare-data.json", show_default=True,
     type=click.Path(dir_okay=False, path_type=Path),

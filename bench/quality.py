@@ -20,7 +20,9 @@ from typing import Any
 
 import click
 
-from bench.train import ROOT, hardware
+from bench import conversations
+from bench.conversations import ROOT
+from bench.train import hardware
 
 RESULTS = ROOT / "bench/results/quality.json"
 RECIPE = {
@@ -69,11 +71,7 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--epochs", default="2", show_default=True)
 @click.option("--max-rows", help="Of the data. [default: all]")
 @click.option("--at-once", default=4, show_default=True, help="Runs side by side.")
-@click.option(
-    "--data", default=ROOT / "../shared/data/oasst-guanaco.jsonl", show_default=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Conversations in the shape of openassistant-guanaco.",
-)  # fmt: skip
+@conversations.option
 @click.option(
     "--output", default=RESULTS, show_default=True, type=click.Path(dir_okay=False, path_type=Path)
 )

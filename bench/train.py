@@ -25,9 +25,10 @@ from typing import Any
 
 import click
 
+from bench import conversations
+from bench.conversations import ROOT
 from bench.train_results import CEILING, SEVEN, START, merge, operations, table
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/train.json"
 LENGTH = 2048
 DENSE_ROWS = 320  # for 38 steps of ours, and what is held out
@@ -279,11 +280,7 @@ def wanted(workloads: str, systems: str) -> list[tuple[str, str]]:
     help="A Llama-like folder. [default: one of --shape is made]",
 )  # fmt: skip
 @click.option("--shape", default="7b", show_default=True, type=click.Choice(["7b", "tiny"]))
-@click.option(
-    "--data", default=ROOT / "../shared/data/oasst-guanaco.jsonl", show_default=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Conversations in the shape of openassistant-guanaco.",
-)  # fmt: skip
+@conversations.option
 @click.option(
     "--peers-python", default=sys.executable, show_default=True,
     help="Interpreter of the peers, which want other versions than we do.",

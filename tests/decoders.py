@@ -1,12 +1,13 @@
 """Tiny random decoders of every family, their adapters, and plain PEFT to hold the quick path against."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.lib.model import int8
@@ -106,6 +107,14 @@ def make(
                 kind = torch.float64 if dtype == torch.float64 else p.dtype
                 p.data = (noise * 0.1).to(p.device, kind)
     return tuned.train()
+
+
+def replace_projections(base: Any, quantised: Callable[[nn.Linear], Any]) -> None:
+    """Quantise every projection of a model, but its head."""
+    for parent in list(base.model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, quantised(child))
 
 
 def exact_twin(tuned: Any, described: dict[str, Any], **kept: Any) -> Any:

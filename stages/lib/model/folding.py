@@ -24,7 +24,20 @@ def empty(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-class Trained(Weights):
+class Derived(Weights):
+    """Weights made of others with the same names, one when it is asked for."""
+
+    def __init__(self, source: Weights) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+class Trained(Derived):
     """A base as a run had it in memory, dequantised: what its adapter was trained on.
 
     Args:
@@ -32,15 +45,10 @@ class Trained(Weights):
     """
 
     def __init__(self, source: Weights, model: Any, precision: str) -> None:
-        self.source, self.precision = source, precision
+        super().__init__(source)
+        self.precision = precision
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.quantised = _quantised(model, precision)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self.source[name].to(self.dtype)
@@ -130,17 +138,12 @@ class Pairs:
         return PREFIX + weight.removesuffix(".weight")
 
 
-class Folded(Weights):
+class Folded(Derived):
     """Weights with an adapter in them, summed in fp32 and rounded once to the weight's own type."""
 
     def __init__(self, source: Weights, pairs: Pairs) -> None:
-        self.source, self.pairs = source, pairs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source)
+        self.pairs = pairs
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self.source[name]

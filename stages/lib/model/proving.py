@@ -1,6 +1,6 @@
 """Two or more models on the same text, computed from their files part by part: none is ever whole in memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.lib.model.adapter_files import WEIGHTS
-from stages.lib.model.folding import Weights, empty
+from stages.lib.model.folding import Derived, Weights, empty
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -29,7 +29,7 @@ class Difference:
     perplexity: float
 
 
-class Parts(Mapping[str, torch.Tensor]):
+class Parts(Derived):
     """Weights in fp32 under the names that modules have, peft's among them.
 
     Args:
@@ -37,13 +37,8 @@ class Parts(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, weights: Weights, adapter: Path | None) -> None:
-        self.weights, self.adapter = weights, adapter
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
+        super().__init__(weights)
+        self.adapter = adapter
 
     def __getitem__(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
@@ -53,9 +48,9 @@ class Parts(Mapping[str, torch.Tensor]):
                 factor: torch.Tensor = file.get_tensor(name.replace(".default.", "."))
             return factor.float()
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name == HEAD and name not in self.weights:
+        if name == HEAD and name not in self.source:
             name = EMBEDDINGS  # tied
-        return self.weights[name].float()
+        return self.source[name].float()
 
 
 def streamed(folder: Path, weights: Weights, adapter: Path | None, place: torch.device) -> Any:

