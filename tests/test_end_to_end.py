@@ -30,7 +30,7 @@ FILES = {
     "evaluation": {"evaluation.json", "evaluation.md"},
     "merged": {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
+        "tokenizer_config.json", "chat_template.jinja", "merge_report.json",
     },
 }  # fmt: skip
 
