@@ -66,17 +66,17 @@ def generate(
     base.check_room(max(map(len, ids)), max_new_tokens)
     precision = made.manifest["metrics"]["base_precision"]
     tuned = adapter.load(load.load(base, precision), made.path, base)
+    speaker = answer.Speaker(
+        tuned, precision, tokens, chat_format.stops, max_new_tokens, at_once=batch_prompts
+    )
     if not prompts_file:
         write = (lambda text: click.echo(text, nl=False)) if sys.stdout.isatty() else None
-        found = answer.answer(
-            tuned, tokens, precision, ids, chat_format.stops, max_new_tokens, write
-        )
-        click.echo("" if write else found[0].text)
+        said = speaker.one(ids[0], write)
+        click.echo("" if write else said.text)
         return
     with run.work() as scratch:
-        answers = answer.in_batches(
-            tuned, tokens, precision, ids, chat_format.stops, max_new_tokens, batch_prompts
-        )
+        found = dict(speaker.each(ids))
+        answers = [found[place] for place in range(len(ids))]
         metrics = prompts.write(scratch, asked, answers)
         run.publish("generations", scratch, inputs, metrics, device=load.describe_device())
     click.echo(str(run.folder / "generations" / prompts.FILE))

@@ -5,12 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stages.lib.model.answer import Stops, answer
+from stages.lib.model.answer import Speaker
 from stages.lib.model.loss import Rows, held_out_bins, mean_nll
+from stages.lib.model.said import Stops
 from stages.lib.run.exits import GateFailed
 from stages.lib.run.progress import Progress
-
-BATCH = 8
 
 
 def compare(
@@ -38,6 +37,7 @@ def compare(
     sides: dict[str, dict[str, Any]] = {}
     answers = [{key: q[key] for key in ("question", "prompt", "reference")} for q in questions]
     work = 2 * (int(held_out.lengths.sum()) + max_new_tokens * len(questions))
+    speaker = Speaker(tuned, precision, tokens, stops, max_new_tokens)
     with Progress(work, "tokens") as progress:
         for side in ("base", "tuned"):
             with tuned.disable_adapter() if side == "base" else contextlib.nullcontext():
@@ -49,12 +49,12 @@ def compare(
                         raise GateFailed(
                             f"the held-out loss of the {side} model is not finite; train again"
                         )
-                found = []
-                for first in range(0, len(questions), BATCH):
-                    batch = questions[first : first + BATCH]
-                    ids = [question["ids"] for question in batch]
-                    found += answer(tuned, tokens, precision, ids, stops, max_new_tokens)
-                    progress.advance(max_new_tokens * len(ids))
+            spoken = {}
+            asked = [question["ids"] for question in questions]
+            for place, one in speaker.each(asked, adapted=side == "tuned"):
+                spoken[place] = one
+                progress.advance(max_new_tokens)
+            found = [spoken[place] for place in range(len(questions))]
             for entry, said in zip(answers, found, strict=True):
                 entry[side] = {"text": said.text, "tokens": said.tokens, "finish": said.finish}
             sides[side] = {

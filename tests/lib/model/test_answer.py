@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stages.lib.data.formats import Stops
 from stages.lib.data.tokens import Tokens
-from stages.lib.model.answer import Stream, _answer, answer, in_batches
+from stages.lib.model.answer import Speaker
+from stages.lib.model.said import Said, answer_of
+from stages.lib.model.sampling import GREEDY, Sampling
 
 STOP = "### Human:"
 
@@ -39,7 +40,7 @@ def ids_of(tokens: Tokens, text: str) -> list[int]:
 def test_how_an_answer_ends(tokens: Tokens, said: str, ends: bool, text: str, finish: str) -> None:
     spoken = ids_of(tokens, said) + [tokens.eos] * ends
     padding = [tokens.pad] * 30 if finish == "stop" else []
-    found = _answer(spoken + padding, tokens, stops(tokens, STOP))
+    found = answer_of(spoken + padding, tokens, stops(tokens, STOP))
     assert (found.text, found.finish) == (text, finish)
     assert found.tokens <= len(spoken)
 
@@ -49,37 +50,37 @@ def test_how_an_answer_ends(tokens: Tokens, said: str, ends: bool, text: str, fi
 )
 def test_a_stream_never_shows_a_stop_mark(tokens: Tokens, said: str) -> None:
     shown: list[str] = []
-    stream = Stream(tokens, [STOP], shown.append)
-    stream.put(torch.tensor([ids_of(tokens, "a prompt")]))
-    for token in ids_of(tokens, said):
-        stream.put(torch.tensor([token]))
-    stream.end()
+    spoken = [*ids_of(tokens, said), tokens.eos]
+    stream = Said(tokens, stops(tokens, STOP), len(spoken), shown.append)
+    for token in spoken:
+        if not stream.add(token):
+            break
     assert "".join(shown) == said.split(STOP)[0].strip()
     assert len(shown) > 1
     assert not any("\ufffd" in part for part in shown)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 50, 0.9, 1.3, seed=7)])
 def test_a_batch_says_what_each_prompt_alone_would_hear(
-    attach: Callable[..., Any], tokens: Tokens
+    attach: Callable[..., Any], tokens: Tokens, sampling: Sampling
 ) -> None:
     tuned = attach()
     prompts = [
         ids_of(tokens, text) for text in ("One", "A much longer prompt than that", "Two words")
     ]
-    together = in_batches(tuned, tokens, "fp32", prompts, stops(tokens, STOP), 6, size=3)
-    alone = [
-        answer(tuned, tokens, "fp32", [prompt], stops(tokens, STOP), 6)[0] for prompt in prompts
-    ]
+    speaker = Speaker(tuned, "fp32", tokens, stops(tokens, STOP), 6, sampling)
+    together = dict(speaker.each(prompts))
+    alone = {n: speaker.one(prompt, number=n) for n, prompt in enumerate(prompts)}
     assert together == alone
 
 
 def test_generation_stops_at_the_next_turn(attach: Callable[..., Any], tokens: Tokens) -> None:
     tuned = attach()
     prompt = ids_of(tokens, "Hello there")
-    free = answer(tuned, tokens, "fp32", [prompt], stops(tokens), 12)[0]
+    free = Speaker(tuned, "fp32", tokens, stops(tokens), 12).one(prompt)
     assert free.finish == "length"
     stop = tokens.decode(ids_of(tokens, free.text)[:4])[-3:]
-    stopped = answer(tuned, tokens, "fp32", [prompt], stops(tokens, stop), 12)[0]
+    stopped = Speaker(tuned, "fp32", tokens, stops(tokens, stop), 12).one(prompt)
     assert stopped.finish == "stop"
     assert stopped.tokens < 12
     assert free.text.startswith(stopped.text)

@@ -1,0 +1,108 @@
+"""What an answer is: the text of its tokens up to a stop, shown while it is said."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """What answering needs of a tokenizer; see `stages.lib.data.tokens.Tokens`."""
+
+    pad: int
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Stops(Protocol):
+    """What ends an answer: texts and token ids; see `stages.lib.data.formats.Stops`."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said. `finish` is `stop` where it ended by itself, `length` at the limit."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+class Said:
+    """An answer as it grows.
+
+    Args:
+        limit: tokens at most. write: gets its text as it is said, but what may be the beginning of a stop.
+    """
+
+    def __init__(
+        self, tokens: Tokenizer, stops: Stops, limit: int, write: Callable[[str], object] | None = None
+    ) -> None:  # fmt: skip
+        self.tokens, self.stops, self.limit, self.write = tokens, stops, limit, write
+        # A stop text has fewer tokens than characters, so it lies within so many of the last.
+        self.reach = max(map(len, stops.texts), default=0)
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def add(self, token: int) -> bool:
+        """Take the next token; whether the answer goes on."""
+        self.ids.append(token)
+        ended = token in self.stops.ids or self._at_stop_text()
+        goes_on = not ended and len(self.ids) < self.limit
+        if self.write:
+            self._show(held_back=goes_on)
+        return goes_on
+
+    def _at_stop_text(self) -> bool:
+        if not self.reach:
+            return False
+        return holds(self.tokens.decode(self.ids[-self.reach :]), self.stops.texts)
+
+    def answer(self) -> Answer:
+        """What was said."""
+        return answer_of(self.ids, self.tokens, self.stops)
+
+    def _show(self, held_back: bool) -> None:
+        assert self.write
+        said = [token for token in self.ids if token not in self.stops.ids]
+        text = _until(self.tokens.decode(said).lstrip(), self.stops.texts)
+        # An unfinished character shows as U+FFFD until its last byte is there.
+        limit = len(text.rstrip("\ufffd"))
+        if held_back:
+            ends = [
+                n
+                for stop in self.stops.texts
+                for n in range(1, len(stop))
+                if text.endswith(stop[:n])
+            ]
+            limit = min(limit, len(text) - max(ends, default=0))
+        if limit > self.shown:
+            self.write(text[self.shown : limit])
+            self.shown = limit
+
+
+def answer_of(ids: Sequence[int], tokens: Tokenizer, stops: Stops) -> Answer:
+    """The answer that some ids are, whatever follows its end."""
+    end = next((n for n, token in enumerate(ids) if token in stops.ids), None)
+    ended, said = end is not None, ids[:end]
+    text = tokens.decode(said)
+    at_stop = holds(text, stops.texts)
+    if at_stop:  # what comes after it is padding, or another row's time
+        spoken = (n for n in range(len(said)) if holds(tokens.decode(said[:n]), stops.texts))
+        said = said[: next(spoken, len(said))]
+    finish = "stop" if ended or at_stop else "length"
+    return Answer(_until(text, stops.texts).strip(), len(said) + (ended and not at_stop), finish)
+
+
+def holds(text: str, stops: Sequence[str]) -> bool:
+    """Whether one of the stop texts lies in it."""
+    return any(stop in text for stop in stops)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    places = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
