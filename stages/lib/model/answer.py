@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from stages.lib.model import plain
-from stages.lib.model.said import Answer, Said, Stops, Tokenizer
+from stages.lib.model import decoding, plain
+from stages.lib.model.decoder import Decoder
+from stages.lib.model.groups import Unknown
+from stages.lib.model.said import Answer, Ends, Said, Stops, Tokenizer
 from stages.lib.model.sampling import GREEDY, Sampling
 
 
 class Speaker:
-    """A tuned model that answers prompts.
+    """A tuned model that answers prompts: by a decoder of our own where that says the same, else as it is.
+
+    Make it before a `Quick` of the same model, which changes how the model is called.
 
     Args:
         tuned: with its adapter. precision: of its base. stops: what ends an answer.
@@ -23,9 +27,27 @@ class Speaker:
         self, tuned: Any, precision: str, tokens: Tokenizer, stops: Stops, max_new_tokens: int,
         sampling: Sampling = GREEDY, at_once: int | None = None,
     ) -> None:  # fmt: skip
-        self.tuned, self.precision, self.tokens, self.stops = tuned, precision, tokens, stops
+        self.tuned, self.precision, self.pad = tuned, precision, tokens.pad
+        self.ends = Ends(tokens, stops)
         self.max_new_tokens, self.sampling, self.at_once = max_new_tokens, sampling, at_once
         self.remarks: list[str] = []
+        tuned.eval()
+        self.decoding = self._decoding()
+
+    def _decoding(self) -> decoding.Decoding | None:
+        try:
+            decoder = Decoder(self.tuned, self.precision)
+        except Unknown as why:
+            self.remarks.append(f"{why}: it answers as transformers has it")
+            return None
+        off = decoding.difference(decoder, self.tuned, self.precision)
+        if off <= decoding.close(self.precision):
+            return decoding.Decoding(decoder, self.sampling, self.at_once)
+        kind = self.tuned.get_base_model().config.model_type
+        self.remarks.append(
+            f"the decoder for {kind} is {off:.2g} nats off: it answers as transformers has it"
+        )
+        return None
 
     def each(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None,
@@ -37,7 +59,7 @@ class Speaker:
             prompts: token ids of each. numbers: of the prompts, on which depends what is drawn; their places,
                 unless told. adapted: with the adapter, or as the base alone.
         """
-        answers = [Said(self.tokens, self.stops, self.max_new_tokens) for _ in prompts]
+        answers = [Said(self.ends, self.max_new_tokens) for _ in prompts]
         for place in self._speak(prompts, numbers or range(len(prompts)), answers, adapted):
             yield place, answers[place].answer()
 
@@ -45,7 +67,7 @@ class Speaker:
         self, prompt: Sequence[int], write: Callable[[str], object] | None = None, number: int = 0
     ) -> Answer:
         """The answer to one prompt; `write` gets its text as it is said."""
-        said = Said(self.tokens, self.stops, self.max_new_tokens, write)
+        said = Said(self.ends, self.max_new_tokens, write)
         for _ in self._speak([prompt], [number], [said], adapted=True):
             pass
         return said.answer()
@@ -54,7 +76,10 @@ class Speaker:
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], answers: Sequence[Said],
         adapted: bool,
     ) -> Iterator[int]:  # fmt: skip
+        longest = max(map(len, prompts), default=0) + self.max_new_tokens
+        if self.decoding and self.decoding.knows(longest):
+            return self.decoding.each(prompts, numbers, answers, adapted)
         return plain.each(
-            self.tuned, self.precision, self.tokens.pad, prompts, numbers, answers, self.sampling,
-            adapted, self.at_once or plain.BATCH,
+            self.tuned, self.precision, self.pad, prompts, numbers, answers, self.sampling, adapted,
+            self.at_once or plain.BATCH,
         )  # fmt: skip

@@ -90,14 +90,30 @@ class Product(torch.autograd.Function):
         return of_x, None, None, None, None, *[None] * STORED
 
 
-def _projections(model: Any) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """The double quantised NF4 projections of a model, and the sizes of their blocks."""
+def is_nested(layer: Any) -> bool:
+    """Whether a module is a double quantised NF4 projection."""
     import bitsandbytes as bnb
 
-    for layer in model.modules():
-        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.nested:
-            state = layer.weight.quant_state
-            yield layer, (state.blocksize, state.state2.blocksize)
+    return isinstance(layer, bnb.nn.Linear4bit) and bool(layer.weight.quant_state.nested)
+
+
+def layers(model: Any) -> Iterator[Any]:
+    """The double quantised NF4 projections of a model."""
+    return (layer for layer in model.modules() if is_nested(layer))
+
+
+def _projections(model: Any) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """The same, and the sizes of their blocks."""
+    for layer in layers(model):
+        state = layer.weight.quant_state
+        yield layer, (state.blocksize, state.state2.blocksize)
+
+
+def whole(layer: Any) -> torch.Tensor:
+    """A projection's weight [out, in], dequantised."""
+    state = layer.weight.quant_state
+    blocks = (state.blocksize, state.state2.blocksize)
+    return dequantise(stored(layer), layer.out_features, *blocks, state.dtype)
 
 
 def lighten(model: Any) -> None:
@@ -118,10 +134,8 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def unpack(model: Any) -> None:
     """Dequantise every NF4 projection of a model once and for all: the same numbers, four times the memory."""
-    for layer, blocks in _projections(model):
-        dtype = layer.weight.quant_state.dtype
-        weight = dequantise(stored(layer), layer.out_features, *blocks, dtype)
-        layer.register_buffer("unpacked", weight, persistent=False)
+    for layer in layers(model):
+        layer.register_buffer("unpacked", whole(layer), persistent=False)
         layer.forward = types.MethodType(_plain, layer)
 
 

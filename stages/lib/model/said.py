@@ -32,6 +32,32 @@ class Answer:
     finish: str
 
 
+class Ends:
+    """What ends an answer, asked of every token.
+
+    Args:
+        stops: texts and token ids.
+    """
+
+    def __init__(self, tokens: Tokenizer, stops: Stops) -> None:
+        self.tokens, self.stops, self.ids = tokens, stops, frozenset(stops.ids)
+        # A stop text has fewer tokens than characters, so it lies within so many of the last.
+        self.reach = max(map(len, stops.texts), default=0)
+        self._last = {text[-1] for text in stops.texts} | {
+            "\ufffd"
+        }  # the latter: part of a character
+        self._may: dict[int, bool] = {}
+
+    def at_text(self, ids: Sequence[int]) -> bool:
+        """Whether the last of these tokens completes a stop text."""
+        if not self.reach:
+            return False
+        token = ids[-1]
+        if token not in self._may:
+            self._may[token] = not self._last.isdisjoint(self.tokens.decode([token]))
+        return self._may[token] and holds(self.tokens.decode(ids[-self.reach :]), self.stops.texts)
+
+
 class Said:
     """An answer as it grows.
 
@@ -40,27 +66,21 @@ class Said:
     """
 
     def __init__(
-        self, tokens: Tokenizer, stops: Stops, limit: int, write: Callable[[str], object] | None = None
-    ) -> None:  # fmt: skip
-        self.tokens, self.stops, self.limit, self.write = tokens, stops, limit, write
-        # A stop text has fewer tokens than characters, so it lies within so many of the last.
-        self.reach = max(map(len, stops.texts), default=0)
+        self, ends: Ends, limit: int, write: Callable[[str], object] | None = None
+    ) -> None:
+        self.ends, self.limit, self.write = ends, limit, write
+        self.tokens, self.stops = ends.tokens, ends.stops
         self.ids: list[int] = []
         self.shown = 0
 
     def add(self, token: int) -> bool:
         """Take the next token; whether the answer goes on."""
         self.ids.append(token)
-        ended = token in self.stops.ids or self._at_stop_text()
+        ended = token in self.ends.ids or self.ends.at_text(self.ids)
         goes_on = not ended and len(self.ids) < self.limit
         if self.write:
             self._show(held_back=goes_on)
         return goes_on
-
-    def _at_stop_text(self) -> bool:
-        if not self.reach:
-            return False
-        return holds(self.tokens.decode(self.ids[-self.reach :]), self.stops.texts)
 
     def answer(self) -> Answer:
         """What was said."""

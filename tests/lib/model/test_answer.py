@@ -9,7 +9,7 @@ import pytest
 from stages.lib.data.formats import Stops
 from stages.lib.data.tokens import Tokens
 from stages.lib.model.answer import Speaker
-from stages.lib.model.said import Said, answer_of
+from stages.lib.model.said import Ends, Said, answer_of
 from stages.lib.model.sampling import GREEDY, Sampling
 
 STOP = "### Human:"
@@ -51,7 +51,7 @@ def test_how_an_answer_ends(tokens: Tokens, said: str, ends: bool, text: str, fi
 def test_a_stream_never_shows_a_stop_mark(tokens: Tokens, said: str) -> None:
     shown: list[str] = []
     spoken = [*ids_of(tokens, said), tokens.eos]
-    stream = Said(tokens, stops(tokens, STOP), len(spoken), shown.append)
+    stream = Said(Ends(tokens, stops(tokens, STOP)), len(spoken), shown.append)
     for token in spoken:
         if not stream.add(token):
             break
