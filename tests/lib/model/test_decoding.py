@@ -46,7 +46,7 @@ def wanted(tuned: Any, **given: Any) -> list[str]:
     tuned.eval()
     found = []
     for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=tuned.device)
         out = tuned.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
             min_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, **given,
@@ -96,21 +96,12 @@ def test_a_base_in_few_bits(precision: str, convert: Any) -> None:
     one = speaker(tuned, precision)
     assert one.decoding, one.remarks
     ids = torch.arange(3, 3 + decoding.PROBE)
-    wanted = logits_of(exact, "fp32", ids)[-2:]
+    true = logits_of(exact, "fp32", ids)[-2:]
     plain = logits_of(tuned, precision, ids)[-2:]
-    assert error(ours(one.decoding.decoder, ids), wanted) < 1.3 * error(plain, wanted)
-
-
-def ours(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """Logits after the last two tokens of a text: of what was read, and of one step."""
-    decoder.switch(adapted=True)
-    last = len(ids) - 1
-    slots, cache = torch.arange(len(ids), dtype=torch.int32), decoder.cache(len(ids))
-    bounds = torch.tensor([0, last], dtype=torch.int32)
+    one.decoding.decoder.switch(adapted=True)
     with torch.no_grad():
-        read = decoder.read(ids[:-1], bounds, last, slots[:-1], cache)
-        step = decoder.step(ids[-1:], slots[-1:], slots[:1], slots[-1:], cache)
-    return torch.cat((read, step)).float()
+        found = decoding.of_text(one.decoding.decoder, ids)
+    assert error(found, true) < 1.3 * error(plain, true)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
