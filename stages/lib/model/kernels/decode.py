@@ -137,11 +137,22 @@ def _vector_kernel(
     x, weight, scales, bias, out, rows, columns: tl.constexpr, tall: tl.constexpr,
     block: tl.constexpr, scaled: tl.constexpr, biased: tl.constexpr,
 ):  # fmt: skip
-    """`tall` rows of a weight times one vector; loads of a whole strip are under way at once."""
+    """`tall` rows of a weight times one vector; loads of a whole strip are under way at once.
+
+    With a weight in e4m3 each program rounds the vector, too, as `fp8.quantise` does.
+    """
     n = tl.program_id(0) * tall + tl.arange(0, tall)
     k = tl.arange(0, block)
     inside = (n < rows)[:, None]
     sums = tl.zeros([tall, block], tl.float32)
+    step = 1.0
+    if scaled:
+        largest = tl.zeros([block], tl.float32)
+        for i in tl.static_range((columns + block - 1) // block):
+            at = i * block + k
+            values = tl.load(x + at, at < columns, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(values))
+        step = tl.maximum(tl.max(largest, 0), LEAST) / LARGEST
     for i in tl.static_range((columns + block - 1) // block):
         at = i * block + k
         here = at < columns
@@ -150,10 +161,12 @@ def _vector_kernel(
             other=0.0, eviction_policy="evict_first",
         )  # fmt: skip
         vector = tl.load(x + at, here, other=0.0).to(tl.float32)
+        if scaled:
+            vector = _cast(vector, 1.0 / step).to(tl.float32)
         sums += strip.to(tl.float32) * vector[None, :]
     found = tl.sum(sums, 1)
     if scaled:
-        found *= tl.load(scales + n, n < rows, other=0.0)
+        found *= tl.load(scales + n, n < rows, other=0.0) * step
     if biased:
         found = found.to(out.dtype.element_ty).to(tl.float32) + tl.load(
             bias + n, n < rows, other=0.0
