@@ -43,8 +43,9 @@ class Said:
         self, tokens: Tokenizer, stops: Stops, limit: int, write: Callable[[str], object] | None = None
     ) -> None:  # fmt: skip
         self.tokens, self.stops, self.limit, self.write = tokens, stops, limit, write
-        # A stop text has fewer tokens than characters, so it lies within so many of the last.
-        self.reach = max(map(len, stops.texts), default=0)
+        # A stop text has no more tokens than bytes, so it lies within so many of the last; one more, as
+        # some decoders drop the first blank of a text.
+        self.reach = max((len(text.encode()) + 1 for text in stops.texts), default=0)
         self.ids: list[int] = []
         self.shown = 0
 

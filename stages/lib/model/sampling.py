@@ -10,7 +10,8 @@ import torch
 
 from stages.lib.model.dropout import mixed
 
-TO_UNIT = 2.0**-24  # a hash's upper 24 bits as a number between 0 and 1, exact in fp32
+# A hash's upper 23 bits and a half as a number between 0 and 1; with 24 the largest would be rounded to 1.
+TO_UNIT = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _gumbel(
     rows = mixed(mixed(prompts + _signed(seed)) + places)
     words = mixed(torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device))
     hashes = mixed(words + rows[:, None])
-    uniform = (((hashes >> 8) & 0xFFFFFF).float() + 0.5) * TO_UNIT
+    uniform = (((hashes >> 9) & 0x7FFFFF).float() + 0.5) * TO_UNIT
     return -(-uniform.log()).log()
 
 
