@@ -2,6 +2,8 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,8 @@ from tests.conftest import clean_environment
 
 SERVER = """
 import json, os, sys
+from stages.lib.run import environment
+environment.quiet_libraries()
 import peft, torch, transformers
 from stages.__main__ import main
 from stages.lib.model import adapter, answer, load, training
@@ -49,6 +53,7 @@ class Forking:
     def __init__(self, server: "subprocess.Popen[str]", folder: Path) -> None:
         self.server, self.folder = server, folder
         self.args: list[str] = []
+        self.pid = 0
 
     def start(self, *args: object, terminal: str = "", stdin: str = "", **env: str) -> int:
         """Start a command; its process id. `terminal`: a device to talk through, instead of files."""
@@ -58,11 +63,12 @@ class Forking:
         self.args = [str(arg) for arg in args]
         order = {"args": self.args, "env": env, "cwd": str(self.folder)}
         self._write(order | {"files": [terminal] * 3 if terminal else files})
-        return int(self._read())
+        self.pid = int(self._read())
+        return self.pid
 
     def wait(self) -> Result:
         """The end of what was started."""
-        code = int(self._read())
+        code, self.pid = int(self._read()), 0
         out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
         return Result(self.args, code, out, err)
 
@@ -91,9 +97,14 @@ def forking(folder: Path) -> Iterator[Forking]:
         [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as server:  # fmt: skip
-        yield Forking(server, folder)
-        assert server.stdin
-        server.stdin.close()
+        forked = Forking(server, folder)
+        try:
+            yield forked
+        finally:
+            if forked.pid:  # a test failed while it ran
+                os.kill(forked.pid, signal.SIGKILL)
+            assert server.stdin
+            server.stdin.close()
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -107,6 +118,7 @@ def read_until(terminal: int, *words: str) -> str:
     shown, found = "", 0
     for word in words:
         while (place := shown.find(word, found)) < 0:
+            assert select.select([terminal], [], [], 60)[0], shown
             shown += os.read(terminal, 4096).decode(errors="replace")
         found = place + len(word)
     return shown

@@ -63,6 +63,7 @@ def chat(
     for remark in speaker.remarks:
         say(remark)
     number = 0
+    _listen()
     while (line := _next_line()) is not None:
         command, rest = (*line.split(maxsplit=1), "", "")[:2] if line[:1] == "/" else ("", "")
         if command == "/quit":
@@ -76,13 +77,16 @@ def chat(
             number += 1
 
 
+def _listen() -> None:
+    """Take any bytes, and let a line be edited where it is typed."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+
+
 def _next_line() -> str | None:
     """What is typed or piped, without its end; None where it ends. Ctrl-C drops what is being typed."""
     typed = sys.stdin.isatty() and sys.stdout.isatty()
-    if typed:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  so that a line can be edited
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     while True:
         try:
             line = f"{input('> ')}\n" if typed else sys.stdin.readline()
