@@ -308,11 +308,11 @@ def test_a_talk_through_a_pipe(made: Forking, generate: Any) -> None:
 
 
 def test_a_talk_forgets_what_does_not_fit(made: Forking) -> None:
-    asked = f"{'why ' * 150}\n" * 3 + f"{'why ' * 600}\nHi\n"
+    asked = f"{'why ' * 170}\n" * 3 + f"{'why ' * 600}\nHi\n"
     done = made("--env-file", "tiny.env", "chat", stdin=asked)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
-    assert "the 1 oldest" in done.stderr
+    assert "full: 1 of the oldest" in done.stderr
     assert "506 are left beside MAX_NEW_TOKENS" in done.stderr
 
 

@@ -121,7 +121,7 @@ def _turn(speaker: Any, talk: Any, line: str, number: int) -> None:
         say(error.message)
         return
     if talk.dropped:
-        say(f"the {talk.dropped} oldest questions are forgotten: the model's context is full")
+        say(f"the model's context is full: {talk.dropped} of the oldest questions forgotten")
     heard: list[str] = []
     streams = sys.stdout.isatty()
 
