@@ -29,7 +29,7 @@ stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs prepare-data train evaluate generate merge report docker-build docker-push
+.PHONY: help setup demo test check docs prepare-data train evaluate generate chat merge report docker-build docker-push
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -58,6 +58,8 @@ evaluate: $(ready) ## Compare base and tuned model on held-out data
 	$(stage) evaluate
 generate: $(ready) ## Answer PROMPT="..."
 	$(stage) generate
+chat: $(ready) ## Talk with the tuned model
+	$(stage) chat
 merge: $(ready) ## Fold the adapter into the base
 	$(stage) merge
 report: $(ready) ## Print what the run came to

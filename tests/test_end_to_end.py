@@ -156,6 +156,7 @@ def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:
     path = smoke / "run" / "generations" / "generations.jsonl"
     assert done.stdout.strip() == "run/generations/generations.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()]
+    found.sort(key=lambda entry: entry["number"])
     assert [entry["prompt"] for entry in found] == ["What is a list?", "What is `$(touch x)`?"]
     assert all(entry["finish"] in ("stop", "length") for entry in found)
     assert "nothing changed" in run_stages(smoke, *args).stderr

@@ -7,7 +7,17 @@ import pytest
 
 from tests.conftest import Stages
 
-COMMANDS = ["", "prepare-data", "train", "evaluate", "generate", "merge", "report", "options"]
+COMMANDS = [
+    "",
+    "prepare-data",
+    "train",
+    "evaluate",
+    "generate",
+    "chat",
+    "merge",
+    "report",
+    "options",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,6 +14,7 @@ from stages.lib.data.templates import Segment, Template
 from stages.lib.data.tokens import Tokens
 from stages.lib.run.artifact import sha256
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
+from stages.lib.run.progress import say
 
 FOLDER = Path(__file__).parent / "chat_formats"
 OURS = ("guanaco", "alpaca", "chatml", "llama2")
@@ -46,6 +47,7 @@ class Format:
 
     Attributes:
         stops: what ends an answer.
+        forced: whether it is used although the adapter was trained with another.
         folds_system: whether a system turn becomes part of the first question, as the template refuses one.
         knows_tools, knows_context: whether the template writes these; else they become part of the turns.
     """
@@ -61,7 +63,7 @@ class Format:
         )
         self.knows_tools = "tool_calls" in (source or "")
         self.knows_context = self._writes_context()
-        self.folds_system = False
+        self.folds_system = self.forced = False
         self.folds_system = bool(source) and self._refuses(GOLDEN)
         self.stops = self._find_stops()
 
@@ -171,6 +173,32 @@ class Format:
                 "use the versions in its manifest, or run `prepare-data` and `train` again"
             )
         return found
+
+
+def spoken(folder: Path, tokens: Tokens, wanted: str, forced: bool) -> Format:
+    """The format that an adapter was trained with, or the one of `CHAT_FORMAT` if that is forced.
+
+    Raises:
+        CannotRun: `wanted` is another, and not forced. Others: as `Format.load` and `choose`.
+    """
+    known = Format.load(folder, tokens)
+    named = wanted == known.name and (wanted in (*OURS, TEXT) or not Path(wanted).is_file())
+    if wanted == AUTO or (named and wanted != TOKENIZER):
+        return known
+    other, _ = choose(wanted, tokens, (), known.loss_on)
+    if other.source == known.source:
+        return known
+    says = "now has another template" if wanted == known.name else f"is {wanted}"
+    said = (
+        f"the adapter in {folder} was trained with the chat format {known.name}, CHAT_FORMAT {says}"
+    )
+    if not forced:
+        raise CannotRun(
+            f"{said}; leave that out (or say auto), or answer in it all the same with --force-format"
+        )
+    say(f"{said}, and is used, as FORCE_FORMAT says: the model has not learned it")
+    other.forced = True
+    return other
 
 
 def choose(

@@ -80,7 +80,7 @@ def load(
         dropout: instead of its own, to train it on.
 
     Raises:
-        BadData: cut off, or made for a base of another shape.
+        BadData: cut off, or made for a base of another shape. GateFailed: a weight is not finite.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
@@ -117,8 +117,17 @@ def load(
         raise BadData(
             f"the adapter in {folder} was made for another base: {odd[0][0]} does not match"
         )
+    _check_finite(tuned, folder)
     _name_base(tuned, *base.adapter_name())
     return tuned
+
+
+def _check_finite(tuned: Any, folder: Path) -> None:
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name and not bool(parameter.isfinite().all()):
+            raise GateFailed(
+                f"the adapter in {folder} has a weight that is not finite, {name}; train it again"
+            )
 
 
 def check_base(made: Artifact, base: Base) -> None:

@@ -107,12 +107,17 @@ class Base:
                 f"MAX_LENGTH {max_length} is over the context of {self.name}, {context} tokens; lower it"
             )
 
-    def check_room(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Refuse a prompt that leaves no room for its answer."""
-        context = self.config.get("max_position_embeddings")
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and answer, where the model has a limit."""
+        return self.config.get("max_position_embeddings") or None
+
+    def check_room(self, prompt_tokens: int, new_tokens: int, what: str = "a prompt") -> None:
+        """Refuse a prompt that leaves no room for its answer; `what` names it."""
+        context = self.context
         if context and prompt_tokens + new_tokens > context:
             raise BadSetting(
-                f"a prompt of {prompt_tokens} tokens and MAX_NEW_TOKENS {new_tokens} are over the context of "
+                f"{what} of {prompt_tokens} tokens and MAX_NEW_TOKENS {new_tokens} are over the context of "
                 f"{self.name}, {context} tokens; shorten one of them"
             )
 

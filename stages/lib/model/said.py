@@ -41,8 +41,9 @@ class Ends:
 
     def __init__(self, tokens: Tokenizer, stops: Stops) -> None:
         self.tokens, self.stops, self.ids = tokens, stops, frozenset(stops.ids)
-        # A stop text has fewer tokens than characters, so it lies within so many of the last.
-        self.reach = max(map(len, stops.texts), default=0)
+        # A stop text has no more tokens than bytes, so it lies within so many of the last; one more, as
+        # some decoders drop the first blank of a text.
+        self.reach = max((len(text.encode()) + 1 for text in stops.texts), default=0)
         self._last = {text[-1] for text in stops.texts} | {
             "\ufffd"
         }  # the latter: part of a character

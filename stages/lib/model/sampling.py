@@ -10,7 +10,8 @@ import torch
 
 from stages.lib.model.dropout import mixed
 
-TO_UNIT = 2.0**-23  # a hash's upper 23 bits and a half lie between 0 and 1, exact in fp32
+# A hash's upper 23 bits and a half as a number between 0 and 1; with 24 the largest would be rounded to 1.
+TO_UNIT = 2.0**-23
 
 
 @dataclass(frozen=True)

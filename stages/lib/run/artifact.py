@@ -108,7 +108,7 @@ class Draft:
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         with writing(self.path):
-            _write(self.path / MANIFEST, content)
+            write(self.path / MANIFEST, content)
             _flush_folder(self.path)
         self._whole = whole
         return Artifact(self.path, whole)
@@ -163,31 +163,33 @@ def _copy(source: Path, target: Path) -> dict[str, Any]:
             hashed.update(block)
             size += len(block)
         _flush(write)
-    _set_mode(target)
+    set_mode(target)
     return {"bytes": size, "sha256": hashed.hexdigest()}
 
 
-def _write(target: Path, content: bytes) -> None:
+def write(target: Path, content: bytes) -> None:
+    """Write a new small file."""
     with target.open("xb") as write:
         write.write(content)
         _flush(write)
-    _set_mode(target)
+    set_mode(target)
 
 
 def _flush(file: Any) -> None:
     file.flush()
-    _sync(file.fileno())
+    sync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _sync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 
 
-def _sync(handle: int) -> None:
+def sync(handle: int) -> None:
+    """Have what was written to an open file on the disk, where the mount can say so."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -195,7 +197,8 @@ def _sync(handle: int) -> None:
             raise
 
 
-def _set_mode(path: Path) -> None:
+def set_mode(path: Path) -> None:
+    """Give a file the mode that the umask says."""
     # safetensors creates 0600; the next stage may run under another UID.
     with contextlib.suppress(PermissionError, NotImplementedError):
         path.chmod(_mode())

@@ -1,7 +1,11 @@
 """Settings that more than one stage uses, declared once."""
 
+from collections.abc import Callable
+from typing import Any
+
+from stages.lib.run.progress import say
 from stages.lib.run.settings import Decorator, setting
-from stages.lib.run.values import Number
+from stages.lib.run.values import Number, Texts, flat
 
 base_model = setting(
     "--base-model", "BASE_MODEL", required=True,
@@ -25,3 +29,61 @@ def max_new_tokens(default: int) -> Decorator:
         "--max-new-tokens", "MAX_NEW_TOKENS", type=Number(int, low=1), default=default,
         help="Longest answer, in tokens.",
     )  # fmt: skip
+
+
+def speaking(default_tokens: int) -> Decorator:
+    """How the tuned model answers: the format, what it draws from, and what ends an answer."""
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorate in reversed(_speaking(default_tokens)):
+            command = decorate(command)
+        return command
+
+    return decorated
+
+
+def _speaking(default_tokens: int) -> list[Decorator]:
+    return [
+        setting("--system", "SYSTEM", help="What stands before the conversation."),
+        setting(
+            "--temperature", "TEMPERATURE", type=Number(low=0), default=0.0,
+            help="What scores are divided by before one token is drawn; 0 takes the likeliest.",
+        ),
+        setting(
+            "--top-p", "TOP_P", type=Number(above=0, high=1), default=1.0,
+            help="Draw among the likeliest tokens that have this probability together.",
+        ),
+        setting(
+            "--top-k", "TOP_K", type=Number(int, low=0), default=0,
+            help="Draw among so many of the likeliest tokens; 0 is all.",
+        ),
+        setting(
+            "--repetition-penalty", "REPETITION_PENALTY", type=Number(above=0), default=1.0,
+            help="Makes what has been said less likely; 1 changes nothing.",
+        ),
+        setting(
+            "--stop", "STOP", type=Texts(), multiple=True, callback=flat,
+            help='Text that ends an answer, beside what the format has; repeated, or a list: `["a", "b\\n"]`.',
+        ),
+        max_new_tokens(default_tokens),
+        setting(
+            "--chat-format", "CHAT_FORMAT", default="auto",
+            help="auto is the format of the training; another is refused.",
+        ),
+        setting(
+            "--force-format", "FORCE_FORMAT", is_flag=True,
+            help="Use CHAT_FORMAT although the adapter was trained with another.",
+        ),
+        seed,
+    ]  # fmt: skip
+
+
+DRAWN = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+def drawn(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a `Sampling` is made of; says where it would change nothing."""
+    idle = [name.upper() for name, off in (("top_k", 0), ("top_p", 1)) if settings[name] != off]
+    if idle and settings["temperature"] == 0:
+        say(f"TEMPERATURE is 0, so {' and '.join(idle)} change nothing")
+    return {name: settings[name] for name in DRAWN}

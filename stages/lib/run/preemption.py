@@ -28,9 +28,11 @@ def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _reasons and now - _first > REPEAT_SECONDS:
         os._exit(128 + number)
-    if not _reasons:
+    first, reason = not _reasons, f"stopped by {signal.Signals(number).name}"
+    if reason not in _reasons:
+        request(reason)
+    if first:
         _first = now
-        request(f"stopped by {signal.Signals(number).name}")
         if not _deferred:
             check()
 
@@ -44,6 +46,14 @@ def check() -> None:
     """Raise `TryAgain` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
     if _reasons:
         raise TryAgain(f"{_reasons[0]}; the same command goes on")
+
+
+def by_keyboard() -> bool:
+    """Whether a Ctrl-C and nothing else asked for the stop; it is then forgotten, so that work can go on."""
+    only = _reasons == [f"stopped by {signal.SIGINT.name}"]
+    if only:
+        _reasons.clear()
+    return only
 
 
 @contextlib.contextmanager

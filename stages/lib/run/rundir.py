@@ -8,14 +8,14 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, lease, settings
+from stages.lib.run import artifact, environment, growing, lease, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -48,6 +48,14 @@ run_dir_option = settings.setting(
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every stage has."""
+    redo = settings.setting(
+        "--force", "FORCE", help="Redo a finished stage.", is_flag=True, identity=False
+    )
+    return reading_options(redo(command))
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that reads a run and makes nothing in it."""
     flag: dict[str, Any] = {"is_flag": True, "identity": False}
     for decorate in (
         settings.setting(
@@ -56,7 +64,6 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         settings.setting(
             "--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", **flag
         ),
-        settings.setting("--force", "FORCE", help="Redo a finished stage.", **flag),
         run_dir_option,
     ):
         command = decorate(command)
@@ -70,7 +77,7 @@ class Run:
         self.ctx = ctx
         self.stage = str(ctx.info_name)
         self.folder: Path = ctx.params["run_dir"]
-        self.force: bool = ctx.params["force"]
+        self.force: bool = ctx.params.get("force", False)
         self.allow_stale: bool = ctx.params["allow_stale"]
         self.deep: bool = ctx.params["verify"]
         self.settings = settings.recorded(ctx)
@@ -78,8 +85,11 @@ class Run:
         with artifact.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, name: str, deep: bool = False) -> Artifact:
+    def read(self, name: str, deep: bool = False, own: Collection[str] = ()) -> Artifact:
         """A verified input of this run; its settings must be those that the preset and environment say now.
+
+        Args:
+            own: settings that mean something else to this command, and so are not compared.
 
         Raises:
             Missing: its stage has not finished. BadData: it is corrupt. CannotRun: it is stale.
@@ -92,6 +102,8 @@ class Run:
             )
         changed = []
         for variable, entry in found.manifest["settings"].items():
+            if variable in own:
+                continue
             now = settings.expected(self.ctx, variable, entry["from"])
             if now is not None and now != entry["value"]:
                 changed.append(f"{variable} was {entry['value']}, is now {now}")
@@ -199,6 +211,23 @@ class Run:
         artifact.check_room(self.folder, size)
         with artifact.Draft(self.folder / name) as draft:
             yield draft
+
+    @contextlib.contextmanager
+    def growing(self, name: str, file: str, inputs: dict[str, Any]) -> Iterator[growing.Growing]:
+        """Publish `name` as one file that grows by lines; what was stopped goes on, if it is made alike.
+
+        Args:
+            file: its name.
+        """
+        self.check_held()
+        folder = self.folder / name
+        there = growing.begun(folder)
+        changed = self.differences(there, inputs) if there else []
+        if changed:
+            say(f"{folder} was begun otherwise ({'; '.join(changed)}): starting afresh")
+        made_from, goes_on = {"inputs": inputs, "settings": self.settings}, bool(there)
+        with growing.Growing(folder, file, made_from, goes_on and not changed) as grown:
+            yield grown
 
     def manifest(
         self, inputs: dict[str, Any], metrics: dict[str, Any], **facts: Any

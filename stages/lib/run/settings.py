@@ -44,6 +44,15 @@ class Setting(click.Option):
         self.identity = identity
         self.shown = shown
 
+    def consume_value(
+        self, ctx: click.Context, opts: Any
+    ) -> tuple[Any, click.core.ParameterSource]:
+        """As click does; a preset's value of an option that may be repeated is one value."""
+        value, source = super().consume_value(ctx, opts)
+        if self.multiple and isinstance(value, str):
+            value = (value,)
+        return value, source
+
     @property
     def variable(self) -> str:
         """The environment name."""
@@ -172,7 +181,7 @@ def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
 def _plain(option: Setting, value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return list(value) if option.multiple else ",".join(value)
     return option.shown(str(value)) if isinstance(value, (Path, str)) else value
 
 

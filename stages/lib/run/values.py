@@ -1,6 +1,8 @@
 """What a setting may hold, checked before anything slow is imported."""
 
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -63,3 +65,36 @@ class Names(click.ParamType[Any]):
             if self.among and name not in self.among:
                 self.fail(f"{name!r} is none of {', '.join(self.among)}.", param, ctx)
         return names
+
+
+class Texts(click.ParamType[Any]):
+    """A text to the letter, or a JSON list of texts; a tuple of them. For an option that may be repeated."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """The environment holds one value; click would cut it at blanks."""
+        return (rv,)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """`value` as a tuple, or click's usage error."""
+        if isinstance(value, tuple):
+            return value
+        texts: Any = [value]
+        if value.lstrip()[:1] == "[" and value.lstrip()[1:].lstrip()[:1] in ("", '"', "'", "]"):
+            try:
+                texts = json.loads(value)
+            except ValueError:
+                self.fail(
+                    f'{value!r} is no JSON list of texts: write ["one", "two\\n"].', param, ctx
+                )
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            self.fail(f"{value!r} holds an empty text, or what is none.", param, ctx)
+        return tuple(texts)
+
+
+def flat(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...]:
+    """The `Texts` of a repeated option as one tuple without repeats."""
+    return tuple(dict.fromkeys(text for texts in value or () for text in texts))

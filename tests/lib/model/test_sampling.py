@@ -53,3 +53,12 @@ def test_seed_prompt_and_place_decide_and_nothing_else() -> None:
     assert (draw(logits, Sampling(1.0, seed=6), 300) == found).float().mean() < 0.1
     assert len(set(found[:100].tolist())) > 60  # another prompt, another token
     assert len(set(found[7::100].tolist())) == 3  # another place, another token
+
+
+def test_no_noise_is_infinite() -> None:
+    """A word in 16 million had it, so one of 300 tokens was any word of the vocabulary."""
+    scores = torch.randn(1, 49152, generator=torch.manual_seed(0)).expand(400, -1)
+    prompts = torch.zeros(400, dtype=torch.int32)
+    places = torch.arange(400, dtype=torch.int32)
+    found = choose(scores, Sampling(2.0, top_k=1), prompts, places)
+    assert (found == scores[0].argmax()).all()

@@ -1,0 +1,124 @@
+"""The command line in processes that begin with the libraries imported: what costs seconds is paid once."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.conftest import clean_environment
+
+SERVER = """
+import json, os, sys
+from stages.lib.run import environment
+environment.quiet_libraries()
+import peft, torch, transformers
+from stages.__main__ import main
+from stages.lib.model import adapter, answer, load, training
+
+def child(order):
+    os.setsid()
+    os.chdir(order["cwd"])
+    os.environ.update(order["env"])
+    for number, path in enumerate(order["files"]):
+        how = os.O_RDWR if path.startswith("/dev/") else os.O_RDONLY if number == 0 else os.O_WRONLY
+        os.dup2(os.open(path, how), number)
+    sys.stdin, sys.argv = open(0), ["stages", *order["args"]]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    else:
+        code = 0
+    sys.stdout.flush()
+    os._exit(code or 0)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        child(json.loads(line))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+Result = subprocess.CompletedProcess[str]
+
+
+class Forking:
+    """Runs commands one after the other in `folder`."""
+
+    def __init__(self, server: "subprocess.Popen[str]", folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.args: list[str] = []
+        self.pid = 0
+
+    def start(self, *args: object, terminal: str = "", stdin: str = "", **env: str) -> int:
+        """Start a command; its process id. `terminal`: a device to talk through, instead of files."""
+        files = [str(self.folder / name) for name in ("stdin", "stdout", "stderr")]
+        for path in files:
+            Path(path).write_text(stdin if path.endswith("stdin") else "")
+        self.args = [str(arg) for arg in args]
+        order = {"args": self.args, "env": env, "cwd": str(self.folder)}
+        self._write(order | {"files": [terminal] * 3 if terminal else files})
+        self.pid = int(self._read())
+        return self.pid
+
+    def wait(self) -> Result:
+        """The end of what was started."""
+        code, self.pid = int(self._read()), 0
+        out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
+        return Result(self.args, code, out, err)
+
+    def __call__(
+        self, *args: object, stdin: str = "", env: Mapping[str, str] | None = None
+    ) -> Result:
+        """Run a command."""
+        self.start(*args, stdin=stdin, **dict(env or {}))
+        return self.wait()
+
+    def _write(self, order: object) -> None:
+        assert self.server.stdin
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+
+    def _read(self) -> str:
+        assert self.server.stdout
+        return self.server.stdout.readline()
+
+
+@contextmanager
+def forking(folder: Path) -> Iterator[Forking]:
+    """A server for the commands that are run in `folder`."""
+    env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as server:  # fmt: skip
+        forked = Forking(server, folder)
+        try:
+            yield forked
+        finally:
+            if forked.pid:  # a test failed while it ran
+                os.kill(forked.pid, signal.SIGKILL)
+            assert server.stdin
+            server.stdin.close()
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    """The whole lines of a JSONL file that may be growing."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_until(terminal: int, *words: str) -> str:
+    """What a terminal shows, up to where it shows the last of some words, one after the other."""
+    shown, found = "", 0
+    for word in words:
+        while (place := shown.find(word, found)) < 0:
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 4096).decode(errors="replace")
+        found = place + len(word)
+    return shown
