@@ -2,8 +2,8 @@
 
 Reads `adapter/` in the run directory or those that MERGE_ADAPTERS names, what lies beside it (held-out rows and
 questions of `data/`, `evaluation/`), and the base model.
-Writes `merged/`: a model folder that plain transformers loads, once it says what base plus adapter says; its card;
-and `merge_report.json` on how close it is.
+Writes `merged/`: a model folder that plain transformers loads, once it says what base plus adapter says, with a
+card, and with `merge_report.json` on how close it is.
 """
 
 import json

@@ -121,7 +121,8 @@ def difference(
     near, far = found.log_softmax(-1), wanted.log_softmax(-1)
     kl = (far.exp() * (far - near)).sum(-1).mean()
     agreement = (near.argmax(-1) == far.argmax(-1)).float().mean()
-    return Difference(float(kl), float(agreement), perplexity(found, rows))
+    # Of equal ones rounding may leave less than nothing.
+    return Difference(max(float(kl), 0.0), float(agreement), perplexity(found, rows))
 
 
 def perplexity(found: torch.Tensor, rows: Sequence[Sequence[int]]) -> float:
