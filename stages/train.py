@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from stages.lib.run import options
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.rundir import Run, run_options, versions
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
 
@@ -118,6 +118,7 @@ def train(
     from stages.lib.data import bins, prepared, sources
     from stages.lib.model import adapter_files
     from stages.lib.model.base import Base
+    from stages.lib.report import card
     from stages.lib.report.table import table
     from stages.lib.run import checkpoints
     from stages.lib.run.artifact import sha256
@@ -192,6 +193,11 @@ def train(
             "peak_gpu_bytes": load.peak_gpu_bytes(),
             "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul),
         }  # fmt: skip
+        trained = [(run.manifest(inputs, metrics), 1.0)]
+        about = card.Made(
+            base.about(), chat_format.recorded(), trained, versions(), data=data.manifest
+        )
+        card.write(about, out)
         run.publish("adapter", out, inputs, metrics, device=load.describe_device(), seed=seed)
     click.echo(table(("adapter", "value"), [
         ("steps", metrics["steps"]), ("tokens", metrics["tokens"]),

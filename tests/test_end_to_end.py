@@ -23,13 +23,14 @@ FILES = {
         "rejects.jsonl", "preview.html",
     },
     "adapter": {
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+        "tokenizer_config.json",
         "chat_template.jinja", "prompt_format.json", "last/adapter_model.safetensors",
         "last/adapter_config.json",
     },
     "evaluation": {"evaluation.json", "evaluation.md"},
     "merged": {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "merge_report.json",
     },
 }  # fmt: skip

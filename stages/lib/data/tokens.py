@@ -98,7 +98,6 @@ class Tokens:
         """The tokenizer as transformers has it."""
         found = self._loaded.fast or tokenizer.by_transformers(self.folder)
         found.backend_tokenizer.post_processor = self.backend.post_processor
-        found.pad_token_id = self.pad
         return found
 
     def _named(self, name: str) -> Any:

@@ -37,7 +37,9 @@ def attach(
     name, revision = base.adapter_name()
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=int(alpha)
+        if alpha == int(alpha)
+        else alpha,  # as peft's and vLLM's types have it
         lora_dropout=dropout,
         target_modules=modules,
         task_type="CAUSAL_LM",

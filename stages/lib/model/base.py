@@ -66,6 +66,31 @@ class Base:
         mark = {"fingerprint": fingerprint(self.folder)} if local else {}
         return {"name": self.name, "revision": self.commit} | mark
 
+    def about(self) -> dict[str, Any]:
+        """For a model card: `name`, `revision`, `hub` (its id there, or None), and `licence`: what its own card
+        says under `license`, `license_name` and `license_link`."""
+        hub_id = sample.HUB_ID if self.is_sample else None if self.is_local else self.name
+        licence = {"license": sample.LICENCE} if self.is_sample else self._licence()
+        return {"name": self.name, "revision": self.commit, "hub": hub_id, "licence": licence}
+
+    def _licence(self) -> dict[str, Any]:
+        import yaml  # type: ignore[import-untyped]
+        from huggingface_hub import metadata_load
+
+        path = self.folder / "README.md"
+        try:
+            known = metadata_load(path) if path.is_file() else None
+        except (ValueError, yaml.YAMLError):
+            known = None  # a card that cannot be read says nothing
+        names = ("license", "license_name", "license_link")
+        found = {name: known[name] for name in names if known and known.get(name)}
+        return found if "license" in found else {}
+
+    def licence_files(self) -> list[Path]:
+        """The texts that have to go with whatever is made from it."""
+        found = (path for pattern in hub.LICENCES for path in self.folder.glob(pattern))
+        return sorted(path for path in found if path.is_file())
+
     def adapter_name(self) -> tuple[str, str | None]:
         """Base and revision as an adapter's config names them: the hub id, or the resolved folder."""
         if self.is_sample or self.is_local:

@@ -9,6 +9,8 @@ import torch
 
 from stages.lib.model import fp8, int8
 from stages.lib.model.adapter_files import CONFIG, WEIGHTS
+from stages.lib.model.shards import Shards
+from stages.lib.run.exits import BadData, CannotRun, GateFailed
 
 Weights = Mapping[str, torch.Tensor]
 PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -99,6 +101,46 @@ class Pairs:
             self.names = list(file.keys())
         self.scale = self.config["lora_alpha"] / self.config["r"]
 
+    def check(self, weights: Shards, base: str) -> None:
+        """Refuse what cannot be folded into a base, or is not worth it.
+
+        Args:
+            weights: of the base. base: its name.
+
+        Raises:
+            CannotRun: it is more than factor pairs. BadData: it is for another base. GateFailed: a factor is
+            not finite, or nothing was learned.
+        """
+        folder = self.path.parent
+        if not self.simple:
+            raise CannotRun(
+                f"the adapter in {folder} is more than pairs of factors of one scale, as with DoRA or several "
+                "ranks; merge it with peft's merge_and_unload"
+            )
+        learned, shapes = False, dict[str, tuple[int, ...]]()
+        for name, factor in self._factors():
+            shapes[name] = tuple(factor.shape)
+            if not bool(factor.isfinite().all()):
+                raise GateFailed(
+                    f"the adapter in {folder} has numbers that are not finite in {name}, so it was not merged; "
+                    "train it again with a lower LEARNING_RATE"
+                )
+            learned |= name.endswith(UP) and bool(factor.any())
+        for module in (name.removesuffix(DOWN) for name in shapes if name.endswith(DOWN)):
+            own, name = (
+                (shapes[module + UP][0], shapes[module + DOWN][1]),
+                module.removeprefix(PREFIX),
+            )
+            if weights.shapes.get(f"{name}.weight") != own:
+                raise BadData(
+                    f"the adapter in {folder} was made for another base: {base} has no {name} of shape {own}"
+                )
+        if not learned:
+            raise GateFailed(
+                f"the adapter in {folder} was never trained (every B is zero): merged, it would be the base; "
+                "train it, or raise LEARNING_RATE"
+            )
+
     @property
     def simple(self) -> bool:
         """Whether it is pairs of factors of linear layers and nothing else, with one scale."""
@@ -109,22 +151,21 @@ class Pairs:
             "alpha_pattern",
             "fan_in_fan_out",
             "modules_to_save",
+            "lora_bias",
         )
         return all(name.endswith((DOWN, UP)) for name in self.names) and not any(
             self.config.get(key) for key in odd
         )
 
+    def _factors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            for name in self.names:
+                yield name, file.get_tensor(name)
+
     def __contains__(self, weight: str) -> bool:
         return self._of(weight) + DOWN in self.names
-
-    def missing(self, weights: Weights) -> list[str]:
-        """The modules of it that weights have not."""
-        modules = (
-            name.removeprefix(PREFIX).removesuffix(DOWN)
-            for name in self.names
-            if name.endswith(DOWN)
-        )
-        return [module for module in modules if f"{module}.weight" not in weights]
 
     def delta(self, weight: str) -> torch.Tensor:
         """What it adds to a weight: alpha / rank * B A, fp32 [out, in]."""

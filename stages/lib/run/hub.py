@@ -14,8 +14,9 @@ from stages.lib.run.exits import (
     TryAgain,
 )
 
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 FILES = {
-    "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+    "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", *LICENCES],
     "tokenizer": [
         "config.json",
         "generation_config.json",

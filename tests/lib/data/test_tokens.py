@@ -1,6 +1,7 @@
 """Ids and masks, with the embedded tokenizer and those that Llama's family ships."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,27 @@ def test_the_embedded_model_does_not_pad_with_eos(sample_model: Path) -> None:
     config = json.loads((sample_model / "tokenizer_config.json").read_text())
     assert config["pad_token"] == config["eos_token"]  # what its makers chose
     assert tokens.pad != tokens.eos
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", "<|endoftext|>", None])
+def test_what_is_saved_pads_as_the_base_does(
+    sample_model: Path, tmp_path: Path, pad: str | None
+) -> None:
+    """With EOS, another token, or none: it is our batches that never pad with EOS."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(sample_model, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"pad_token": pad}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    tokens = Tokens(tmp_path / "base")
+    assert tokens.pad != tokens.eos
+    tokens.decode([5])
+    tokens.save(tmp_path / "saved", None)
+    own, found = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "saved"))
+    assert found.pad_token == own.pad_token == pad
+    assert found.get_vocab() == own.get_vocab()
+    assert found.special_tokens_map == own.special_tokens_map
 
 
 def test_bos_is_what_the_model_was_trained_with(tokenizers: Tokenizers) -> None:
