@@ -69,8 +69,8 @@ def prepare(names: Sequence[str]) -> Tasks:
 
         folders = [name for name in names if is_path(name) and Path(name).is_dir()]
         manager = TaskManager(include_path=folders, include_defaults=False)
-        # The harness' own 14,000 take six seconds to read; a group may have some of them.
-        if manager.all_groups or not all(map(is_path, names)):
+        # The harness' own 14,000 take six seconds to read.
+        if not (all(map(is_path, names)) and _grouped(manager) <= manager.task_index.keys()):
             manager = TaskManager(include_path=folders)
         for name in names:
             _check_known(name, manager)
@@ -117,20 +117,22 @@ def _runs_code(name: str) -> BadSetting:
 
 def _members(folder: Path, manager: Any) -> list[str]:
     """The groups and tasks of a folder, without the tasks that a group of it has."""
-    inside = {
-        name: entry
+    grouped = _grouped(manager)
+    found = [
+        name
         for name, entry in manager.task_index.items()
-        if entry.yaml_path and entry.yaml_path.is_relative_to(folder)
-    }
-    grouped = {
-        part if isinstance(part, str) else part.get("task", part.get("group"))
-        for entry in inside.values()
-        for part in (entry.cfg["task"] if isinstance(entry.cfg.get("task"), list) else ())
-    }
-    found = [name for name in inside if name not in grouped]
+        if name not in grouped and entry.yaml_path and entry.yaml_path.is_relative_to(folder)
+    ]
     if not found:
         raise BadSetting(f"BENCHMARKS: {folder} holds no task file (*.yaml with `task`)")
     return found
+
+
+def _grouped(manager: Any) -> set[str]:
+    """What the groups name as theirs."""
+    listed = [(entry.cfg or {}).get("task") for entry in manager.task_index.values()]
+    parts = [part for several in listed if isinstance(several, list) for part in several]
+    return {p if isinstance(p, str) else p.get("task", p.get("group", "")) for p in parts}
 
 
 def _load(name: str, manager: Any) -> dict[str, Any]:
@@ -139,10 +141,10 @@ def _load(name: str, manager: Any) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
     # Its files are read, its data fetched, its templates tried, its functions imported: all of it may fail.
-    wrong = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError)
+    wrong = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError)
     try:
         return dict(manager.load([name]))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         first = str(error).splitlines()[0]
         raise CannotRun(
             f"the benchmark {name} needs a package that is not installed: {first}"
@@ -154,6 +156,8 @@ def _load(name: str, manager: Any) -> dict[str, Any]:
         raise known from error
     except (*wrong, yaml.YAMLError, jinja2.TemplateError) as error:
         reason = " ".join(str(error).split())[:200]
+        if error.args == (None,):  # the harness looked up what it has not
+            reason = "a metric, or the aggregation of one, is none of the harness'"
         raise BadSetting(
             f"BENCHMARKS: {name} is no task that can be run ({type(error).__name__}: {reason}); mend it, or "
             "leave it out"
@@ -163,6 +167,7 @@ def _load(name: str, manager: Any) -> dict[str, Any]:
 def _data_error(name: str, error: Exception) -> StageError | None:
     """What keeps the data of a task away; `datasets` tells the hub's errors apart in words alone."""
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants
 
     words = " ".join(str(error).split())[:200]
     if "is a gated dataset" in words:
@@ -171,7 +176,7 @@ def _data_error(name: str, error: Exception) -> StageError | None:
         )
     if isinstance(error, DatasetNotFoundError):
         return Missing(f"the data of the benchmark {name} is not there: {words}")
-    if "OfflineModeIsEnabled" in words:
+    if isinstance(error, ConnectionError) and constants.HF_HUB_OFFLINE:
         return Missing(
             f"the data of the benchmark {name} is not in the cache, and HF_HUB_OFFLINE is set"
         )

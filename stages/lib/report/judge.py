@@ -143,6 +143,8 @@ class Judge:
         return said if isinstance(said, str) else ""
 
     def _told_apart(self, error: Exception) -> Exception:
+        if isinstance(error, UnicodeEncodeError):  # a header
+            return NoPermission("JUDGE_API_KEY holds a character that no key has; copy it anew")
         status = getattr(error, "status_code", 0)
         words = " ".join(str(getattr(error, "message", error)).split())
         # Some endpoints repeat the key.
