@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,7 +17,7 @@ class Endpoint(ThreadingHTTPServer):
 
     Attributes:
         asked: what was posted. keys: the Authorization headers. paths: of the requests.
-        failures: how many are left.
+        failures: how many are left. then: called at each request.
     """
 
     daemon_threads = True
@@ -24,6 +25,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, mood: str = "content", reply: str = "", failures: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), Requests)
         self.mood, self.reply, self.failures = mood, reply, failures
+        self.then: Callable[[], object] = list
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.paths: list[str] = []
@@ -53,6 +55,7 @@ class Requests(BaseHTTPRequestHandler):
         server.asked.append(asked)
         server.keys.append(self.headers["Authorization"])
         server.paths.append(self.path)
+        server.then()
         if server.mood == "hangs":
             time.sleep(2)
         if server.mood == "picky" and "temperature" in asked:

@@ -4,8 +4,10 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +250,12 @@ def test_an_answer_in_a_chat_ends_where_the_recorded_format_does(made: Made) -> 
     (whole,) = Harness(made.tuned, made.tokens, "fp32", None).generate_until([request])
     assert len(whole) > 6
     chat = tasks.Chat(str, formats.Stops((whole[3:6],), (made.tokens.eos,)))
+    passes: list[int] = []
+    hook = made.tuned.register_forward_pre_hook(lambda module, args: passes.append(1))
     (cut,) = Harness(made.tuned, made.tokens, "fp32", chat).generate_until([request])
+    hook.remove()
     assert cut == whole.split(whole[3:6])[0]
+    assert len(passes) < 4
 
 
 def test_a_stop_signal_ends_it(made: Made) -> None:
@@ -263,8 +269,10 @@ def test_a_stop_signal_ends_it(made: Made) -> None:
         preemption.listen()
 
 
-def test_a_folder_with_a_group(made: Made, tmp_path: Path) -> None:
-    """Its score stands for its tasks, which are not asked twice."""
+def test_a_folder_with_a_group(
+    made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its score stands for its tasks, which are not loaded twice."""
     for name, kind in (("choosing", CHOOSING), ("again", CHOOSING), ("saying", SAYING)):
         write_task(tmp_path / f"{name}.yaml", made.folder / "rows.jsonl", kind)
     together = [{"metric": "acc", "aggregation": "mean"}]
@@ -272,6 +280,7 @@ def test_a_folder_with_a_group(made: Made, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     found = tasks.prepare([str(tmp_path)])
     assert sorted(found["tasks"]) == ["again", "choosing", "saying"]
+    assert "benchmark again" not in capfd.readouterr().err
     result = benchmarks.run(made.tuned, made.tokens, "fp32", found, 4, None)
     share = sum(made.base_right["choosing"][:4]) / 4
     assert scores(result)["both"]["base"] == share
@@ -329,6 +338,32 @@ def test_a_task_that_cannot_be_run(
     assert error.exit_code == code, error.format_message()
     assert word in error.format_message()
     assert "mine" in error.format_message()
+
+
+def test_no_metric_is_fetched(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be code of others, and run."""
+    import evaluate
+
+    class Asked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            """Nothing."""
+
+    paths: list[str] = []
+    with HTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", f"{url}/{{path}}/{{name}}")
+        monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+        kind = SAYING.replace("exact_match", "nobody/metric, aggregation: mean")
+        refusal(str(write_task(tmp_path / "mine.yaml", made.folder / "rows.jsonl", kind)))
+        server.shutdown()
+    assert paths == []
 
 
 def test_data_that_is_broken(made: Made, tmp_path: Path) -> None:
