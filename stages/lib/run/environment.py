@@ -9,7 +9,9 @@ from pathlib import Path
 
 from stages.lib.run.exits import BadSetting
 
-SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRETS = (
+    "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
+)  # fmt: skip
 
 
 def lines_of(path: Path) -> dict[str, str]:
@@ -49,6 +51,11 @@ def load_secrets(folder: Path) -> None:
 def has_token() -> bool:
     """Whether a Hugging Face token was given."""
     return bool(os.environ.get("HF_TOKEN"))
+
+
+def judge_key() -> str | None:
+    """The key of the judge's endpoint, where one was given."""
+    return os.environ.get("JUDGE_API_KEY") or None
 
 
 def cache_dir() -> Path:
@@ -93,6 +100,7 @@ def quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "true",
         "BITSANDBYTES_NOWELCOME": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "DISABLE_MULTIPROC": "1",  # lm-eval would fork this process for every core to resample a score
     }.items():
         os.environ.setdefault(name, value)
     # It reports a kernel that nobody asked for.

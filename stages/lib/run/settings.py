@@ -21,7 +21,7 @@ OTHERS = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
-MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "PYTHON", "HF_HOME")
+MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "EXTRAS", "PYTHON", "HF_HOME")
 ORIGINS = {
     click.ParameterSource.COMMANDLINE: "flag",
     click.ParameterSource.ENVIRONMENT: "environment",
