@@ -35,11 +35,12 @@ def _register() -> None:
     from stages.generate import generate
     from stages.merge import merge
     from stages.prepare_data import prepare_data
+    from stages.tools.export import export
     from stages.tools.options import options
     from stages.tools.report import report
     from stages.train import train
 
-    for command in (prepare_data, train, evaluate, generate, merge, report, options):
+    for command in (prepare_data, train, evaluate, generate, merge, export, report, options):
         stages.add_command(command)
 
 

@@ -24,11 +24,12 @@ class Shards(Mapping[str, torch.Tensor]):
         folder: with one safetensors file or several.
 
     Attributes:
-        elements: how many numbers each has, in the order of the files. types: of each, torch's.
+        shapes: of each, in the order of the files. elements: how many numbers it has. types: torch's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.elements: dict[str, int] = {}
         self.types: dict[str, torch.dtype] = {}
         index = folder / INDEX
@@ -38,6 +39,7 @@ class Shards(Mapping[str, torch.Tensor]):
         for path in (folder / name for name in sorted(names)):
             for name, entry in _header(path).items():
                 self.files[name] = path
+                self.shapes[name] = tuple(entry["shape"])
                 self.elements[name] = math.prod(entry["shape"])
                 self.types[name] = TYPES[entry["dtype"]]
 
