@@ -37,10 +37,11 @@ def _register() -> None:
     from stages.prepare_data import prepare_data
     from stages.tools.export import export
     from stages.tools.options import options
+    from stages.tools.push import push
     from stages.tools.report import report
     from stages.train import train
 
-    for command in (prepare_data, train, evaluate, generate, merge, export, report, options):
+    for command in (prepare_data, train, evaluate, generate, merge, export, push, report, options):
         stages.add_command(command)
 
 
