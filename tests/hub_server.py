@@ -71,6 +71,7 @@ class Hub(http.server.ThreadingHTTPServer):
         mood: `well`, `hang-up` (closes connections without an answer) or `portal` (a page for every address).
         owners: the tokens that may make repositories, by owner. damaged: whether uploads lose a byte.
         received: what was sent to make repositories and commits, in order.
+        only_public: whether what is made is public whatever was asked.
     """
 
     daemon_threads = True
@@ -85,7 +86,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.mood = "well"
         self.large: dict[str, Path] = {}
         self.owners: dict[str, set[str]] = {}
-        self.damaged = False
+        self.damaged = self.only_public = False
         self.received: list[dict[str, Any]] = []
         self.store = tempfile.TemporaryDirectory()
 
@@ -203,7 +204,7 @@ class Hub(http.server.ThreadingHTTPServer):
         empty.mkdir()
         self.push("models", name, empty)
         repository = self.repositories["models", name]
-        repository.private = asked.get("visibility") == "private"
+        repository.private = asked.get("visibility") == "private" and not self.only_public
         repository.gated = not repository.private
         repository.readers = {token} if repository.private else None
         repository.writers = {token}

@@ -135,13 +135,12 @@ def _told_apart(error: BaseException, repository: str) -> StageError | None:
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         if status in REFUSED:
-            return NoPermission(
-                f"the hub does not let this HF_TOKEN write to {repository} ({status}); use one with write "
-                "access, or another REPOSITORY"
-            )
+            return _not_allowed(repository, status)
         if status in MALFORMED:
             said = error.server_message or f"status {status}"
             return BadData(f"the hub refused what was pushed to {repository}: {said}; mend it")
+    if type(error).__name__ == "XetAuthenticationError":
+        return _not_allowed(repository, 403)
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
         return BadData(f"the hub refused README.md for {repository}: {error}; mend its first lines")
     known = hub.told_apart(error, repository, None)
@@ -150,6 +149,13 @@ def _told_apart(error: BaseException, repository: str) -> StageError | None:
     if known is None and isinstance(error, RuntimeError):  # from a thread that sent a large file
         return _told_apart(error.__cause__, repository) if error.__cause__ else None
     return known
+
+
+def _not_allowed(repository: str, status: int) -> StageError:
+    return NoPermission(
+        f"the hub does not let this HF_TOKEN write to {repository} ({status}); use one with write access, or "
+        "another REPOSITORY"
+    )
 
 
 def _no_answer(repository: str, why: str) -> StageError:
