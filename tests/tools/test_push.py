@@ -219,7 +219,7 @@ def test_other_bytes_on_the_hub_are_seen(stages: Stages, run: Path, hub: Hub) ->
 
 def test_what_is_corrupt_or_missing_does_not_go(stages: Stages, run: Path, hub: Hub) -> None:
     path = run / "merged" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert str(path) in sentence(push(stages, run, hub, "--push-what", "merged"), 65)
     shutil.rmtree(run / "gguf")
     assert "run `export` first" in sentence(push(stages, run, hub, "--push-what", "gguf"), 66)
