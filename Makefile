@@ -31,7 +31,7 @@ stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs prepare-data train evaluate generate chat merge report docker-build docker-push
+.PHONY: help setup demo test check docs prepare-data train evaluate generate chat merge export push report docker-build docker-push
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -64,6 +64,10 @@ chat: $(ready) ## Talk with the tuned model
 	$(stage) chat
 merge: $(ready) ## Fold the adapter into the base
 	$(stage) merge
+export: $(ready) ## Write the merged model as a GGUF file
+	$(stage) export
+push: $(ready) ## Upload the adapter to REPOSITORY=owner/name, private
+	$(stage) push
 report: $(ready) ## Print what the run came to
 	$(stage) report
 

@@ -1,13 +1,17 @@
 """A small Hugging Face hub on 127.0.0.1, for `HF_ENDPOINT`: real HTTP, folders from disk, the hub's own errors.
 
 It speaks what `huggingface_hub.snapshot_download` asks: a revision's commit, its tree, and HEAD and GET of
-files; a weights file is redirected to another host, as the hub does, which must not see the token.
+files; a weights file is redirected to another host, as the hub does, which must not see the token. And what
+`create_repo` and `create_commit` ask, large files by git-lfs.
 """
 
+import base64
 import hashlib
 import http.server
 import json
 import re
+import shutil
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +21,11 @@ from urllib.parse import unquote, urlsplit
 
 INVALID = "Invalid credentials in Authorization header"
 API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>[^/]+)"
+    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?"
 )
+WRITE = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
+BATCH = re.compile(r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+WEIGHTS = (".safetensors", ".gguf")
 FILE = re.compile(
     r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
 )
@@ -34,6 +41,7 @@ class Repository:
         readers: the tokens that may read it; None where everybody may.
         gated: whether others see that it is there, and may ask for access; else it is private.
         closed: whether a gate also stands before the list of its files.
+        private: whether it says so. writers: the tokens that may write to it.
     """
 
     commits: dict[str, Path] = field(default_factory=dict)
@@ -41,6 +49,8 @@ class Repository:
     readers: set[str] | None = None
     gated: bool = True
     closed: bool = False
+    private: bool = False
+    writers: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -59,6 +69,9 @@ class Hub(http.server.ThreadingHTTPServer):
         tokens: those that belong to an account. requests: (method, path, token, status) of each one so far.
         failing: by request paths (a regular expression), how many more times each answers 503; -1 for ever.
         mood: `well`, `hang-up` (closes connections without an answer) or `portal` (a page for every address).
+        owners: the tokens that may make repositories, by owner. damaged: whether uploads lose a byte.
+        received: what was sent to make repositories and commits, in order.
+        only_public: whether what is made is public whatever was asked.
     """
 
     daemon_threads = True
@@ -72,6 +85,10 @@ class Hub(http.server.ThreadingHTTPServer):
         self.failing: dict[str, int] = {}
         self.mood = "well"
         self.large: dict[str, Path] = {}
+        self.owners: dict[str, set[str]] = {}
+        self.damaged = self.only_public = False
+        self.received: list[dict[str, Any]] = []
+        self.store = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -89,6 +106,7 @@ class Hub(http.server.ThreadingHTTPServer):
         """Serve no more; the port is closed. May be called twice."""
         self.shutdown()
         self.server_close()
+        self.store.cleanup()
 
     def push(self, kind: str, name: str, folder: Path) -> str:
         """Make a folder the newest commit of a repository; the commit.
@@ -104,7 +122,7 @@ class Hub(http.server.ThreadingHTTPServer):
         repository.commits[repository.main] = folder
         return repository.main
 
-    def answer(self, method: str, path: str, token: str | None) -> Answer:
+    def answer(self, method: str, path: str, token: str | None, sent: bytes = b"") -> Answer:
         """What the hub says to a request."""
         for pattern, times in self.failing.items():
             if times and re.search(pattern, path):
@@ -114,10 +132,17 @@ class Hub(http.server.ThreadingHTTPServer):
             return Answer(
                 200, b"<html>Accept the terms of this network</html>", {"Content-Type": "text/html"}
             )
+        if method == "PUT" and (found := LARGE.fullmatch(path)):
+            kept = Path(self.store.name) / found["sha256"]
+            kept.write_bytes(sent[:-1] + b"?" if self.damaged else sent)
+            self.large[found["sha256"]] = kept
+            return Answer()
         if found := LARGE.fullmatch(path):
             return Answer(200, self.large[found["sha256"]].read_bytes())
         if token is not None and token not in self.tokens:
             return error(401, None, INVALID)
+        if method == "POST":
+            return self._write(path, token, sent)
         if found := API.fullmatch(path):
             return self._api(found, token)
         if found := FILE.fullmatch(path):
@@ -125,7 +150,8 @@ class Hub(http.server.ThreadingHTTPServer):
         return error(404, None, f"this hub does not know {method} {path}")
 
     def _api(self, asked: re.Match[str], token: str | None) -> Answer:
-        found = self._find(asked["kind"], asked["id"], asked["revision"], token, listing=True)
+        revision = asked["revision"] or "main"
+        found = self._find(asked["kind"], asked["id"], revision, token, listing=True)
         if isinstance(found, Answer):
             return found
         commit, folder = found
@@ -137,10 +163,79 @@ class Hub(http.server.ThreadingHTTPServer):
             "id": asked["id"],
             "sha": commit,
             "siblings": siblings,
-            "private": False,
+            "private": self.repositories[asked["kind"], asked["id"]].private,
             "disabled": False,
         }
         return said(about | {"tags": [], "downloads": 0, "likes": 0})
+
+    def _write(self, path: str, token: str | None, sent: bytes) -> Answer:
+        """What makes repositories and commits."""
+        if path == "/api/validate-yaml":
+            return said({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(sent), token)
+        found = WRITE.fullmatch(path) or BATCH.fullmatch(path)
+        if not found:
+            return error(404, None, f"this hub does not know POST {path}")
+        repository = self.repositories.get(("models", found["id"]))
+        if repository is None:
+            return error(404, "RepoNotFound", "Repository not found")
+        if token not in repository.writers:
+            return error(403, None, "you do not have the right to write here")
+        if BATCH.fullmatch(path):
+            return said({"objects": [self._wanted(entry) for entry in json.loads(sent)["objects"]]})
+        if found["what"] == "preupload":
+            return said({"files": [self._mode(file) for file in json.loads(sent)["files"]]})
+        lines = [json.loads(line) for line in sent.splitlines()]
+        return self._commit(found["id"], repository, lines)
+
+    def _create(self, asked: dict[str, Any], token: str | None) -> Answer:
+        self.received.append(asked)
+        name = f"{asked['organization']}/{asked['name']}"
+        if token is None:
+            return error(401, None, "Invalid username or password.")
+        if token not in self.owners.get(asked["organization"], ()):
+            return error(
+                403, None, "You don't have the rights to create a model under this namespace"
+            )
+        if ("models", name) in self.repositories:
+            return error(409, None, "You already created this model repo")
+        empty = Path(self.store.name) / f"empty-{len(self.received)}"
+        empty.mkdir()
+        self.push("models", name, empty)
+        repository = self.repositories["models", name]
+        repository.private = asked.get("visibility") == "private" and not self.only_public
+        repository.gated = not repository.private
+        repository.readers = {token} if repository.private else None
+        repository.writers = {token}
+        return said({"url": f"{self.url}/{name}", "name": name})
+
+    def _wanted(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """How a large file is to be sent, unless it is here."""
+        if entry["oid"] in self.large:
+            return entry
+        place = f"http://localhost:{self.server_port}/large/{entry['oid']}"
+        return entry | {"actions": {"upload": {"href": place}}}
+
+    @staticmethod
+    def _mode(file: dict[str, Any]) -> dict[str, Any]:
+        mode = "lfs" if file["path"].endswith(WEIGHTS) else "regular"
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+
+    def _commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> Answer:
+        folder = Path(self.store.name) / f"commit-{len(self.received)}"
+        shutil.copytree(repository.commits[repository.main], folder)
+        self.received += lines
+        for value in (line["value"] for line in lines if line["key"] in ("file", "lfsFile")):
+            target = folder / value["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if "oid" in value:
+                shutil.copy(self.large[value["oid"]], target)
+            else:
+                target.write_bytes(base64.b64decode(value["content"]))
+        commit = self.push("models", name, folder)
+        place = f"{self.url}/{name}/commit/{commit}"
+        return said({"commitUrl": place, "commitOid": commit, "pullRequestUrl": None})
 
     def _file(self, asked: re.Match[str], token: str | None) -> Answer:
         kind = "datasets" if asked["kind"] else "models"
@@ -151,7 +246,7 @@ class Hub(http.server.ThreadingHTTPServer):
         path = folder / asked["file"]
         if path not in files(folder):
             return error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
-        is_large = path.suffix == ".safetensors"
+        is_large = path.suffix in WEIGHTS
         headers = {"X-Repo-Commit": commit, "ETag": f'"{oid(path, is_large)}"'}
         if not is_large:
             return Answer(200, path.read_bytes(), headers)
@@ -190,6 +285,12 @@ class Requests(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._respond()
 
+    def do_POST(self) -> None:
+        self._respond()
+
+    def do_PUT(self) -> None:
+        self._respond()
+
     def _respond(self) -> None:
         path = unquote(urlsplit(self.path).path)
         header = self.headers.get("Authorization")
@@ -198,7 +299,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
             self.server.requests.append((self.command, path, token, 0))
             self.close_connection = True
             return
-        answer = self.server.answer(self.command, path, token)
+        answer = self.server.answer(self.command, path, token, self._sent())
         body = answer.body
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if span and answer.status == 200:
@@ -208,8 +309,19 @@ class Requests(http.server.BaseHTTPRequestHandler):
         for name, value in (answer.headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _sent(self) -> bytes:
+        """The body of the request, chunked or not."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     def log_message(self, format: str, *args: object) -> None:
         """Tests read `hub.requests` instead."""
@@ -236,7 +348,7 @@ def entry(folder: Path, path: Path) -> dict[str, Any]:
         "size": size,
         "oid": oid(path, False),
     }
-    if path.suffix == ".safetensors":
+    if path.suffix in WEIGHTS:
         found["lfs"] = {"oid": oid(path, True), "size": size, "pointerSize": 134}
     return found
 

@@ -139,6 +139,15 @@ def test_modules_stay_readable() -> None:
 
 def test_makefile_and_dockerfile_hold_no_logic() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for verb in ("prepare-data", "train", "evaluate", "generate", "merge", "report"):
+    for verb in (
+        "prepare-data",
+        "train",
+        "evaluate",
+        "generate",
+        "merge",
+        "export",
+        "push",
+        "report",
+    ):
         assert f"\t$(stage) {verb}\n" in makefile
     assert '["tini", "-g", "--", "python", "-m", "stages"]' in (ROOT / "Dockerfile").read_text()

@@ -63,6 +63,7 @@ class Tokens:
         vocabulary has another that means nothing. bos: id that begins a row, or None.
         names: `bos_token`, `eos_token` and the like, as chat templates use them.
         specials: text and id of each special token. chat_template: the tokenizer's own, or None.
+        begins_anew: whether text behind a special token is treated as the beginning of a text.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +85,7 @@ class Tokens:
         first = self.backend.encode("a").ids[:1]
         self.bos: int | None = first[0] if first == [self._named("bos")] else None
         self._inner = _within_text(self.backend)
-        self._anew = self._begins_anew()
+        self.begins_anew = self._begins_anew()
         added = self.backend.get_added_tokens_decoder()
         self.specials = {token.content: number for number, token in added.items() if token.special}
         # Some take the blanks beside them, as Phi-3's do.
@@ -218,7 +219,7 @@ class Tokens:
             if last is not None and last.id is None and last.learned == segment.learned:
                 plan[-1] = last._replace(text=last.text + segment.text, ends=segment.ends)
                 continue
-            within = not (begins or (special and self._anew))
+            within = not (begins or (special and self.begins_anew))
             plan.append(Run(segment.text, None, segment.learned, segment.ends, within))
             begins = special = False
         return plan

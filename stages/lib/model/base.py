@@ -74,7 +74,7 @@ class Base:
         return {"name": self.name, "revision": self.commit, "hub": hub_id, "licence": licence}
 
     def _licence(self) -> dict[str, Any]:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
         from huggingface_hub import metadata_load
 
         path = self.folder / "README.md"

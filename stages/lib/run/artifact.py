@@ -98,6 +98,13 @@ class Draft:
         with writing(self.path):
             self._entries[name] = _copy(source, self.path / name)
 
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator["Stream"]:
+        """A new file of it, for what is too large to lie finished elsewhere; it is in it once it is closed."""
+        with _stream(self.path / name) as stream:
+            yield stream
+        self._entries[name] = stream.entry()
+
     def move(self, source: Path) -> None:
         """As `take`; the source is gone then."""
         self.take(source)
@@ -112,6 +119,29 @@ class Draft:
             _flush_folder(self.path)
         self._whole = whole
         return Artifact(self.path, whole)
+
+
+class Stream:
+    """A file that is written in sequence, and hashed in passing."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path, self._file = path, file
+        self._hashed, self._size = hashlib.sha256(), 0
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Append some bytes.
+
+        Raises:
+            CannotWrite: the disk is full.
+        """
+        with writing(self._path):
+            self._file.write(block)
+        self._hashed.update(block)
+        self._size += len(block)
+
+    def entry(self) -> dict[str, Any]:
+        """Size and hash as a manifest has them."""
+        return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
 
 
 def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
@@ -156,15 +186,19 @@ def _mode() -> int:
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    hashed, size = hashlib.sha256(), 0
-    with source.open("rb") as read, target.open("xb") as write:
+    with source.open("rb") as read, _stream(target) as write:
         while block := read.read(BLOCK):
             write.write(block)
-            hashed.update(block)
-            size += len(block)
-        _flush(write)
+    return write.entry()
+
+
+@contextlib.contextmanager
+def _stream(target: Path) -> Iterator[Stream]:
+    with target.open("xb") as file:
+        yield Stream(target, file)
+        with writing(target):
+            _flush(file)
     set_mode(target)
-    return {"bytes": size, "sha256": hashed.hexdigest()}
 
 
 def write(target: Path, content: bytes) -> None:

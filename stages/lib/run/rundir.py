@@ -26,6 +26,7 @@ MADE_BY = {
     "evaluation": "evaluate",
     "generations": "generate",
     "merged": "merge",
+    "gguf": "export",
 }
 PACKAGES = (
     "torch",
