@@ -57,6 +57,7 @@ class Forking:
 
     def start(self, *args: object, terminal: str = "", stdin: str = "", **env: str) -> int:
         """Start a command; its process id. `terminal`: a device to talk through, instead of files."""
+        self.end()
         files = [str(self.folder / name) for name in ("stdin", "stdout", "stderr")]
         for path in files:
             Path(path).write_text(stdin if path.endswith("stdin") else "")
@@ -65,6 +66,12 @@ class Forking:
         self._write(order | {"files": [terminal] * 3 if terminal else files})
         self.pid = int(self._read())
         return self.pid
+
+    def end(self) -> None:
+        """Kill what a test that failed has left."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
 
     def wait(self) -> Result:
         """The end of what was started."""
@@ -101,8 +108,7 @@ def forking(folder: Path) -> Iterator[Forking]:
         try:
             yield forked
         finally:
-            if forked.pid:  # a test failed while it ran
-                os.kill(forked.pid, signal.SIGKILL)
+            forked.end()
             assert server.stdin
             server.stdin.close()
 
@@ -118,7 +124,7 @@ def read_until(terminal: int, *words: str) -> str:
     shown, found = "", 0
     for word in words:
         while (place := shown.find(word, found)) < 0:
-            assert select.select([terminal], [], [], 60)[0], shown
+            assert select.select([terminal], [], [], 30)[0], shown
             shown += os.read(terminal, 4096).decode(errors="replace")
         found = place + len(word)
     return shown

@@ -24,6 +24,7 @@ KEYS = ["answer", "prompt_tokens", "tokens", "finish", "seed"]
 FILE = "run/generations/generations.jsonl"
 # Enough work that a signal comes in the middle of it.
 MANY = [f"Question {n}: " + "and " * (n % 5) + "why?" for n in range(24)]
+SETTLE = 0.3  # seconds from a prompt to readline's wait for keys; a signal between waits for the next key
 LONG = ("--temperature", "1", "--max-new-tokens", "24", "--batch-prompts", "2", "--seed", "3")
 
 
@@ -323,7 +324,10 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_talk(made: Forking) -> None:
         terminal=os.ttyname(theirs),
     )  # fmt: skip
     read_until(ours, "> ")
-    os.write(ours, b"half a question\x03")
+    os.write(ours, b"half a question")
+    read_until(ours, "question")
+    time.sleep(SETTLE)
+    os.write(ours, b"\x03")
     read_until(ours, "> ")
     os.write(ours, b"/help\n")
     read_until(ours, "/reset ", "> ")
@@ -334,6 +338,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_talk(made: Forking) -> None:
     os.write(ours, b"\x03")
     shown = streamed + read_until(ours, "> ")
     assert len(shown.split()) < 400, time.monotonic() - began
+    time.sleep(SETTLE)
     os.write(ours, b"\x04")
     assert made.wait().returncode == 0
     os.close(ours)
@@ -344,6 +349,7 @@ def test_a_talk_ends_on_sigterm(made: Forking) -> None:
     ours, theirs = pty.openpty()
     pid = made.start("--env-file", "tiny.env", "chat", terminal=os.ttyname(theirs))
     read_until(ours, "> ")
+    time.sleep(SETTLE)
     os.kill(pid, signal.SIGTERM)
     assert made.wait().returncode == 75
     os.close(ours)
