@@ -27,7 +27,7 @@ FILES = {
         "chat_template.jinja", "prompt_format.json", "last/adapter_model.safetensors",
         "last/adapter_config.json",
     },
-    "evaluation": {"evaluation.json", "evaluation.md"},
+    "evaluation": {"evaluation.json", "evaluation.md", "evaluation.html"},
     "merged": {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "merge_report.json",

@@ -114,6 +114,8 @@ class Part:
 
     Attributes:
         lengths: tokens of each row, int64 [rows]. trained: learned tokens of each row, int64 [rows].
+        numbers: of each row's conversation, which several rows share where it was split, int64 [rows].
+        sources: of each row, int64 [rows].
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,6 +125,9 @@ class Part:
         self.rows = Dataset.from_file(str(path)).with_format("numpy")
         table = self.rows.data
         self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+        self.numbers, self.sources = (
+            table.column(name).to_numpy().astype(np.int64) for name in ("row", "source")
+        )
         masks = table.column("trained").chunks
         self.trained = np.concatenate([np.empty(0, np.int64), *map(_true_counts, masks)])
 
