@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stages.lib.report import answers, evaluation_page, statistics
 from stages.lib.report.answers import SIDES, Answer
+from stages.lib.report.preview import visible
 from stages.lib.report.statistics import LEVEL, Interval, ratio_intervals, sign_flip
 from stages.lib.report.table import table
 
@@ -216,7 +217,7 @@ def summary(result: Figures, entries: Sequence[Figures]) -> list[list[str]]:
 
 def summary_table(result: Figures) -> str:
     """The `summary`, for a terminal."""
-    return table(("", "before", "after"), result["summary"])
+    return table(("", "before", "after"), [[*map(visible, row)] for row in result["summary"]])
 
 
 def table_of(result: Figures) -> str:

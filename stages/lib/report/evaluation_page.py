@@ -191,8 +191,8 @@ def markdown(result: dict[str, Any]) -> str:
         for r in rows(result)
     ])  # fmt: skip
     lines += [
-        f"In brackets 95 % intervals; {result['held_out_conversations']} held-out conversations, "
-        f"{result['held_out_tokens']} learned tokens, {len(result['answers'])} questions.",
+        f"In brackets 95 % intervals; {result['held_out_conversations']:,} held-out conversations, "
+        f"{result['held_out_tokens']:,} learned tokens, {len(result['answers'])} questions.",
         "",
     ]
     names = ("name", "conversations", "tokens", "base", "tuned")
