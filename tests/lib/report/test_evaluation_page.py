@@ -13,7 +13,8 @@ from tests.lib.report.test_preview import HOSTILE, Page
 
 ALLOWED = {
     "html", "meta", "title", "style", "h1", "h2", "h3", "p", "section", "strong", "ul", "li", "div", "table",
-    "thead", "tbody", "tr", "th", "td", "small", "svg", "line", "circle", "article", "pre", "details", "summary",
+    "thead", "tbody", "tr", "th", "td", "small", "svg", "line", "circle", "article", "pre", "details",
+    "summary",
 }  # fmt: skip
 
 
