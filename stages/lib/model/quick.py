@@ -55,7 +55,7 @@ class Quick:
         self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
         why = self._obstacle() or self._pack()
         if why:
-            self.remarks.append(f"{why}: it trains as transformers and peft have it")
+            self.remarks.append(f"{why}: it is computed as transformers and peft have it")
         self.packed = not why
         self.compiles = self.packed and load.device().type == "cuda"
         self.backend = "inductor"

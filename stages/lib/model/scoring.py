@@ -221,8 +221,11 @@ def _left_as_it_was(tuned: Any) -> Iterator[None]:
     finally:
         for module, own in forwards.items():
             module.__dict__.pop("forward", None)
+            # What only the quick path reads would be missing where a cache or a benchmark wants room.
             module._buffers.pop("unpacked", None)
+            module._modules.pop("together", None)
             if own is not None:
                 module.forward = own
         config._attn_implementation = attention
         tuned.train(training)
+        torch.cuda.empty_cache()

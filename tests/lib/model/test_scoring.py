@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface
 
-from stages.lib.model import attention, fp8, load
+from stages.lib.model import attention, cross_entropy, fp8, load
 from stages.lib.model.loss import Shape
 from stages.lib.model.scoring import UNIT, Scorer, Sums
 from tests.decoders import PLAIN, QUICK, make, plain_sum
@@ -65,7 +65,8 @@ def both(scorer: Scorer, rows: MemoryRows) -> dict[bool, Sums]:
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "gemma3", "phi3", "gpt2", "gemma2"])
-def test_sums_are_those_of_plain_peft(family: str) -> None:
+def test_sums_are_those_of_plain_peft(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
     tuned = make(QUICK[family] if family in QUICK else PLAIN[family][0]).eval()
     rows = half_expected(tuned)
     wanted = plain(tuned, rows)
