@@ -105,4 +105,5 @@ def judge_again(run: Run, found: Artifact, gate: str | None) -> None:
         with run.work() as scratch:
             comparison.write(result, scratch)
             run.revise(found, scratch, gate=verdict)
+    click.echo(result["sentence"])
     gates.enforce(result)

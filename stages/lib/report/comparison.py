@@ -41,7 +41,8 @@ class Conversations:
         sums: of each row, by side. conversation, lengths, sources: of each row, int64 [rows].
 
     Attributes:
-        nll, hits: of each conversation, by side, float64 [n]. tokens: learned. lengths: of all its rows.
+        rows: all of them. nll, hits: of each conversation, by side, float64 [n]. tokens: learned. lengths: of all
+        its rows.
     """
 
     def __init__(self, sums: Mapping[str, Sums], conversation: Ints, lengths: Ints, sources: Ints):
@@ -52,7 +53,7 @@ class Conversations:
 
         self.nll = {side: gathered(sums[side].nll) for side in SIDES}
         self.hits = {side: gathered(sums[side].hits) for side in SIDES}
-        self.tokens = gathered(sums["base"].tokens)
+        self.rows, self.tokens = len(conversation), gathered(sums["base"].tokens)
         self.lengths, self.sources = gathered(lengths).astype(np.int64), sources[first]
 
     def __len__(self) -> int:
@@ -157,7 +158,8 @@ def compare(
         "schema": SCHEMA, "verdict": verdict, "sentence": sentence,
         "summary": summary(result, entries), "gate": None,
     } | result | {
-        "held_out_conversations": len(found), "held_out_tokens": int(found.tokens.sum()),
+        "held_out_conversations": len(found), "held_out_rows": found.rows,
+        "held_out_tokens": int(found.tokens.sum()),
         "answers": entries, "made_of": made_of,
         "method": {
             "unit": "conversation", "level": LEVEL, "seed": seed, "fewest": statistics.FEWEST,
@@ -182,6 +184,8 @@ def conclude(result: Figures, conversations: int) -> tuple[str, str]:
         )
     told = f"held-out loss {losses[0]:.3f} -> {losses[1]:.3f} nats a token"
     tail = f"{stops and ', ' + stops}."
+    if change["value"] == 0:  # of floats: not one token's chance moved
+        return "equal", f"The adapter changes nothing: {told}{tail}"
     if not change["interval"]:
         few = (
             f"{conversations} held-out conversation{'s are' * (conversations > 1) or ' is'} too few"
@@ -189,8 +193,6 @@ def conclude(result: Figures, conversations: int) -> tuple[str, str]:
         return "open", f"{few} to tell whether the tuned model is better: {told}{tail}"
     low, high = change["interval"]
     sure = f" (95 %: {low:+.3g} to {high:+.3g}, p {p_words(change['p'])})"
-    if low == high == 0:
-        return "equal", f"The adapter changes nothing: {told}{tail}"
     verdict = "better" if high < 0 else "worse" if low > 0 else "open"
     words = {"open": "It cannot be told whether the tuned model is better"}
     return verdict, f"{words.get(verdict, f'The tuned model is {verdict}')}: {told}{sure}{tail}"

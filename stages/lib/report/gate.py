@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 from stages.lib.run.exits import BadSetting, GateFailed
+from stages.lib.run.progress import say
 from stages.lib.run.settings import did_you_mean
 
 BETTER = "better"
@@ -169,13 +170,15 @@ def _number(found: Any, path: str) -> float | None:
 
 
 def enforce(result: dict[str, Any]) -> None:
-    """End where the gate is not met.
+    """Say that the gate is met, or end.
 
     Raises:
         GateFailed: and which values are not what was asked.
     """
     verdict = result["gate"]
-    if verdict and not verdict["met"]:
+    if verdict and verdict["met"]:
+        say(f"GATE={verdict['asked']} is met")
+    elif verdict:
         unmet = [c["words"] for c in verdict["conditions"] if not c["met"]]
         raise GateFailed(
             f"GATE={verdict['asked']} is not met: {'; '.join(unmet)}; train longer or on more data, or ask for "

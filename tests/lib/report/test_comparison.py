@@ -88,7 +88,7 @@ def test_a_conversation_that_was_split_is_one() -> None:
     found = Conversations(
         sums, np.array([5, 5, 2, 9]), np.array([60, 60, 20, 30]), np.array([1, 1, 0, 0])
     )
-    assert len(found) == 3
+    assert (len(found), found.rows) == (3, 4)
     assert found.nll["base"].tolist() == [3, 3, 4]
     assert found.hits["tuned"].tolist() == [3, 3, 4]
     assert found.lengths.tolist() == [20, 120, 30]
@@ -112,6 +112,7 @@ def test_buckets_of_length(length: int, bucket: tuple[int, int]) -> None:
         (40, -0.5, "worse", "The tuned model is worse: held-out loss 3.0"),
         (40, 0.001, "open", "It cannot be told whether the tuned model is better: "),
         (40, 0, "equal", "The adapter changes nothing: "),
+        (2, 0, "equal", "The adapter changes nothing: "),
         (5, 0.5, "open", "5 held-out conversations are too few to tell whether the tuned model is better: "),
         (1, 0.5, "open", "1 held-out conversation is too few to tell"),
         (0, 0, "unmeasured", "Nothing is held out, so no loss was measured; 100% of answers stop by"),
