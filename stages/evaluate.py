@@ -34,7 +34,7 @@ def evaluate(
     gate: str | None, seed: int, **run_settings: object,
 ) -> None:  # fmt: skip
     """Compare base and tuned model on held-out data."""
-    from stages.lib.data import conversation, prepared
+    from stages.lib.data import prepared
     from stages.lib.model.base import Base
     from stages.lib.report import comparison
     from stages.lib.run.exits import Missing
@@ -46,8 +46,8 @@ def evaluate(
         raise Missing(
             f"{data.path} holds nothing out: set VALIDATION_FRACTION, run `prepare-data` and `train`"
         )
-    questions = prepared.prompts(data.path)[:evaluation_prompts]
-    gates.check_measured(gate, bool(data.metrics["rows_held_out"]), bool(prompt or questions))
+    asks = bool(prompt or prepared.prompts(data.path)[:evaluation_prompts])
+    gates.check_measured(gate, bool(data.metrics["rows_held_out"]), asks)
     base = Base.recorded(made.manifest["inputs"]["base"])
     inputs = {"adapter": made.digest, "data": data.digest, "base": base.reference()}
     if found := run.finished("evaluation", inputs):
@@ -65,11 +65,8 @@ def evaluate(
         adapter.check_base(made, base)
         tokens = Tokens(base.folder)
         chat_format = Format.load(made.path, tokens)
-        if prompt:
-            asked = conversation.ask(prompt)
-            own = {"question": prompt, "prompt": chat_format.prompt_text(asked), "reference": None}
-            questions = [own | asked.dumps(), *questions]
-        prompts = [chat_format.prompt(conversation.loads(question)) for question in questions]
+        questions = prepared.questions(data.path, evaluation_prompts, prompt, chat_format)
+        prompts = [question["ids"] for question in questions]
         base.check_room(max(map(len, prompts), default=0), max_new_tokens)
         precision = made.metrics["base_precision"]
         tuned = adapter.load(load.load(base, precision), made.path, base)

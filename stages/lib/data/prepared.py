@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.lib.data import conversation
+from stages.lib.data.formats import Format
 from stages.lib.data.preparation import Batch
 
 PARTS = ("train", "held_out")
@@ -152,6 +154,18 @@ def prompts(folder: Path) -> list[dict[str, Any]]:
     # Not splitlines, which also cuts at the line separators that a text may hold.
     lines = (folder / PROMPTS).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
+
+
+def questions(
+    folder: Path, count: int, own: str | None, chat_format: Format
+) -> list[dict[str, Any]]:
+    """What an evaluation asks: `own`, if there is one, and the first `count` of `prompts`, with their `ids`."""
+    found = prompts(folder)[:count]
+    if own:
+        asked = conversation.ask(own)
+        about = {"question": own, "prompt": chat_format.prompt_text(asked), "reference": None}
+        found.insert(0, about | asked.dumps())
+    return [one | {"ids": chat_format.prompt(conversation.loads(one))} for one in found]
 
 
 def head(

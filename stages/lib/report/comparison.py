@@ -41,8 +41,8 @@ class Conversations:
         sums: of each row, by side. conversation, lengths, sources: of each row, int64 [rows].
 
     Attributes:
-        rows: all of them. nll, hits: of each conversation, by side, float64 [n]. tokens: learned. lengths: of all
-        its rows.
+        rows: all of them. nll, hits: of each conversation, by side, float64 [n]. tokens: learned.
+        lengths: of all its rows.
     """
 
     def __init__(self, sums: Mapping[str, Sums], conversation: Ints, lengths: Ints, sources: Ints):

@@ -52,6 +52,20 @@ def test_a_part_without_rows(maker: Maker) -> None:
     assert (part.numbers.tolist(), part.sources.tolist()) == ([], [])
 
 
+def test_an_evaluation_asks_the_users_question_first(maker: Maker) -> None:
+    made = maker.prepare(maker.file("some.jsonl", rows(40)), held_out=0.5)
+    form = make("guanaco", maker.tokens)
+    own, *others = prepared.questions(made.folder, 3, "Why?", form)
+    assert (own["question"], own["reference"]) == ("Why?", None)
+    assert own["prompt"] == form.prompt_text(loads(own))
+    assert [one["row"] for one in others] == [
+        one["row"] for one in prepared.prompts(made.folder)[:3]
+    ]
+    for one in (own, *others):
+        assert one["ids"] == form.prompt(loads(one))
+    assert prepared.questions(made.folder, 0, None, form) == []
+
+
 def test_questions_are_kept_for_evaluation(maker: Maker) -> None:
     """The first of them, in the words of the data set: a question may hold any line separator."""
     texts = [f"### Human: {n} a\u2028b\x85c\u2029d### Assistant: e{n}" for n in range(200)]
