@@ -149,6 +149,8 @@ class Scorer:
             self._arrange()
             return
         self.tokens = max(self.tokens, LEAST)
+        with self.tuned.disable_adapter():
+            pass  # behind it peft has the adapter ask for gradients, and what was compiled before is of no use
         while not self._passes():
             if self.tokens == longest:
                 raise OutOfMemory(
@@ -214,6 +216,7 @@ def _left_as_it_was(tuned: Any) -> Iterator[None]:
     """Evaluating within, and as before behind it: a model is made quick by giving its modules a `forward`."""
     config, training = tuned.get_base_model().config, tuned.training
     attention = config._attn_implementation
+    learned = {p: p.requires_grad for p in tuned.parameters()}
     forwards = {module: module.__dict__.get("forward") for module in tuned.modules()}
     tuned.eval()
     try:
@@ -226,6 +229,8 @@ def _left_as_it_was(tuned: Any) -> Iterator[None]:
             module._modules.pop("together", None)
             if own is not None:
                 module.forward = own
+        for parameter, wanted in learned.items():
+            parameter.requires_grad_(wanted)
         config._attn_implementation = attention
         tuned.train(training)
         torch.cuda.empty_cache()

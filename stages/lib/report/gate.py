@@ -98,8 +98,8 @@ def check_measured(asked: str | None, held_out: bool, prompts: bool) -> None:
             )
         if condition.metric in ASKED and not prompts:
             raise BadSetting(
-                f"GATE={condition.asked} needs answers, and nothing is asked; set EVALUATION_PROMPTS, or leave it "
-                "out"
+                f"GATE={condition.asked} needs answers, and nothing is asked; set EVALUATION_PROMPTS, or "
+                "leave it out"
             )
 
 

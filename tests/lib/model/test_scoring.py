@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from stages.lib.model import attention, cross_entropy, fp8, load
 from stages.lib.model.loss import Shape
 from stages.lib.model.scoring import UNIT, Scorer, Sums
-from tests.decoders import PLAIN, QUICK, make, plain_sum
+from tests.decoders import PLAIN, QUICK, make, plain_sum, some
 from tests.lib.model.conftest import MemoryRows
 from tests.lib.model.test_compiled import masked
 from tests.lib.model.test_nf4 import convert as to_nf4
@@ -127,11 +127,15 @@ def test_the_model_is_left_as_it_was() -> None:
         return answer, logits
 
     answer, logits = said()
+    tuned.requires_grad_(False)
+    frozen = [p.requires_grad for p in tuned.parameters()]
     with Scorer(tuned, "fp8", np.array([40]), 64) as scorer:
         assert scorer.quick.packed
         assert not tuned.training
         assert tuned.config._attn_implementation == attention.NAME
+        scorer.sums(MemoryRows(some(9)), False)
     assert tuned.training
+    assert [p.requires_grad for p in tuned.parameters()] == frozen
     assert tuned.config._attn_implementation != attention.NAME
     again, logits_again = said()
     assert torch.equal(again, answer)
