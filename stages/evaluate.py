@@ -1,14 +1,17 @@
-"""evaluate: is the tuned model better than its base, and does it stop?
+"""evaluate: is the tuned model better than its base, and does it talk right?
 
 Reads `adapter/` and `data/` in the run directory, and the base model; for BENCHMARKS their data, from the hub
 or local files. With JUDGE_URL, questions and answers go to that address, and to no other.
-Writes `evaluation/`: `evaluation.json`, and the same as `evaluation.md`.
+Writes `evaluation/`: `evaluation.json`, and the same to read as `evaluation.md` and `evaluation.html`. It ends
+with 82 where `GATE` asks for more than was measured.
 """
 
 import click
 
 from stages.lib.data import wanted
+from stages.lib.report import gate as gates
 from stages.lib.run import options
+from stages.lib.run.artifact import Artifact
 from stages.lib.run.rundir import Run, run_options
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
@@ -21,6 +24,10 @@ from stages.lib.run.values import Names, Number
     help="Held-out questions that base and tuned model answer.",
 )  # fmt: skip
 @options.max_new_tokens(128)
+@setting(
+    "--gate", "GATE", type=gates.Gate(), identity=False,
+    help="What must be reached, else exit 82: `better`, or bounds such as `loss<2,stop_rate>=0.9`.",
+)  # fmt: skip
 @setting(
     "--benchmarks", "BENCHMARKS", type=Names(),
     help="Tasks of EleutherAI's harness (lm-eval) for both models: its names, or task files and folders of "
@@ -40,23 +47,17 @@ from stages.lib.run.values import Names, Number
     "and answers go there. Its key is JUDGE_API_KEY, in the environment or env/secrets.env.",
 )  # fmt: skip
 @setting("--judge-model", "JUDGE_MODEL", help="The judge's name at that endpoint.")
+@options.seed
 @run_options
 @click.pass_context
 def evaluate(
-    ctx: click.Context,
-    /,
-    prompt: str | None,
-    evaluation_prompts: int,
-    max_new_tokens: int,
-    benchmarks: tuple[str, ...] | None,
-    benchmark_limit: int | None,
-    benchmark_chat: bool,
-    judge_url: str | None,
-    judge_model: str | None,
+    ctx: click.Context, /, prompt: str | None, evaluation_prompts: int, max_new_tokens: int,
+    gate: str | None, benchmarks: tuple[str, ...] | None, benchmark_limit: int | None,
+    benchmark_chat: bool, judge_url: str | None, judge_model: str | None, seed: int,
     **run_settings: object,
-) -> None:
+) -> None:  # fmt: skip
     """Compare base and tuned model on held-out data."""
-    from stages.lib.data import conversation, prepared
+    from stages.lib.data import prepared
     from stages.lib.model import tasks
     from stages.lib.model.base import Base
     from stages.lib.report import comparison, judge, scores
@@ -70,56 +71,75 @@ def evaluate(
         raise Missing(
             f"{data.path} holds nothing out: set VALIDATION_FRACTION, run `prepare-data` and `train`"
         )
+    asks = bool(prompt or prepared.prompts(data.path)[:evaluation_prompts])
+    gates.check_measured(gate, bool(data.metrics["rows_held_out"]), asks)
     base = Base.recorded(made.manifest["inputs"]["base"])
     inputs = {"adapter": made.digest, "data": data.digest, "base": base.reference()}
     if benchmarks and (local := tasks.digest(benchmarks)):
         inputs["benchmarks"] = local
-    if run.finished("evaluation", inputs):
+    if found := run.finished("evaluation", inputs):
+        judge_again(run, found, gate)
         return
     with run.work() as scratch:
         umpire = judge.appoint(judge_url, judge_model)
-        found = tasks.prepare(benchmarks) if benchmarks else None
+        chosen = tasks.prepare(benchmarks) if benchmarks else None
         base.fetch()
         inputs["base"] = base.identity()
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, load, measure
-        from stages.lib.model import benchmarks as scored
+        from stages.lib.model import adapter, answer, load, measure
+        from stages.lib.model import benchmarks as harness
+        from stages.lib.model.sampling import Sampling
 
         adapter.check_base(made, base)
         tokens = Tokens(base.folder)
         chat_format = Format.load(made.path, tokens)
-        questions = prepared.prompts(data.path)[:evaluation_prompts]
-        if prompt:
-            asked = conversation.ask(prompt)
-            own = {"question": prompt, "prompt": chat_format.prompt_text(asked), "reference": None}
-            questions = [own | asked.dumps(), *questions]
-        for question in questions:
-            question["ids"] = chat_format.prompt(conversation.loads(question))
-            base.check_room(len(question["ids"]), max_new_tokens)
-        precision = made.manifest["metrics"]["base_precision"]
+        questions = prepared.questions(data.path, evaluation_prompts, prompt, chat_format)
+        prompts = [question["ids"] for question in questions]
+        base.check_room(max(map(len, prompts), default=0), max_new_tokens)
+        precision = made.metrics["base_precision"]
         tuned = adapter.load(load.load(base, precision), made.path, base)
-        held_out = prepared.Part(data.path / "held_out.arrow")
-        result = measure.compare(
-            tuned,
-            tokens,
-            precision,
-            held_out,
-            made.metrics["bin_tokens"],
-            questions,
-            chat_format.stops,
-            max_new_tokens,
+        rows = prepared.Part(data.path / "held_out.arrow")
+        lengths = [data.metrics["length_quantiles"][share] for share in ("0", "1")]
+        sums = measure.held_out(tuned, precision, rows, lengths, made.metrics["bin_tokens"])
+        speaker = answer.Speaker(
+            tuned, precision, tokens, chat_format.stops, max_new_tokens, Sampling(seed=seed)
+        )
+        said = measure.spoken(speaker, prompts)
+        held_out = comparison.Conversations(sums, rows.numbers, rows.lengths, rows.sources)
+        names = [source["name"] for source in data.metrics["sources"]]
+        made_of = run.made_of(inputs, {"train": made, "prepare-data": data})
+        result = comparison.compare(
+            held_out, names, questions, said, chat_format.marks(), seed, made_of
         )
         if umpire:
             result["judge"] = judge.ask(umpire, result["answers"])
-        if found:
+        if chosen:
             chat = tasks.Chat(chat_format.continued, chat_format.stops) if benchmark_chat else None
-            result["benchmarks"] = scored.run(
-                tuned, tokens, precision, found, benchmark_limit, chat
+            result["benchmarks"] = harness.run(
+                tuned, tokens, precision, chosen, benchmark_limit, chat
             )
+        result["gate"] = gates.judge(result, gate)
         comparison.write(result, scratch)
-        scores.write(result, scratch)
-        metrics = {side: result[side] for side in ("base", "tuned")}
+        metrics = comparison.metrics(result)
         run.publish("evaluation", scratch, inputs, metrics, device=load.describe_device())
-    click.echo("\n".join([comparison.table_of(result), *scores.tables(result)]))
+    click.echo(
+        "\n".join([comparison.table_of(result), *scores.tables(result), "", result["sentence"]])
+    )
+    gates.enforce(result)
+
+
+def judge_again(run: Run, found: Artifact, gate: str | None) -> None:
+    """A finished evaluation against the gate of this command; what it measured is not measured anew."""
+    from stages.lib.report import comparison
+
+    result = comparison.read(found.path)
+    verdict = gates.judge(result, gate)
+    if verdict != result["gate"]:
+        result["gate"] = verdict
+        with run.work() as scratch:
+            comparison.write(result, scratch)
+            run.revise(found, scratch, gate=verdict)
+    click.echo(result["sentence"])
+    gates.enforce(result)

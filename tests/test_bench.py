@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import quality, train
+from bench import evaluate, quality, train
 from bench.train_results import SEVEN, merge, operations, table
 
 ROOT = Path(__file__).parent.parent
@@ -102,3 +102,13 @@ def test_full_rows_are_full_and_none_is_a_duplicate(tmp_path: Path) -> None:
     lines = train.write_dense(source, tmp_path / "dense.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines)) == train.DENSE_ROWS
     assert {len(json.loads(line)["text"]) for line in lines} == {10 * train.LENGTH}
+
+
+def test_rows_of_the_evaluation_have_the_lengths_of_conversations() -> None:
+    rows = evaluate.RandomRows(16384 * 12, 2048)
+    total = int(rows.lengths.sum())
+    assert 16384 * 12 <= total < 16384 * 12 + 2048
+    assert 380 < total / len(rows) < 480
+    ids, learned = rows[0]
+    assert len(ids) == len(learned) == rows.lengths[0]
+    assert learned.sum() == rows.trained[0]

@@ -90,7 +90,7 @@ def test_both_are_in_the_evaluation(evaluated: Result, folder: Path, server: End
     page = (folder / "run" / "evaluation" / "evaluation.md").read_text()
     assert "## Benchmarks" in page
     assert "| sums | acc ↑ |" in page
-    assert "## Judge" in page
+    assert "## A judge's opinion" in page
     assert "sums" in evaluated.stdout
     assert "verdict changed with the order" in evaluated.stdout
 

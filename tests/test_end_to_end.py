@@ -28,7 +28,7 @@ FILES = {
         "chat_template.jinja", "prompt_format.json", "last/adapter_model.safetensors",
         "last/adapter_config.json",
     },
-    "evaluation": {"evaluation.json", "evaluation.md"},
+    "evaluation": {"evaluation.json", "evaluation.md", "evaluation.html"},
     "merged": {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "merge_report.json",
@@ -145,8 +145,60 @@ def test_evaluation_holds_both_sides(smoke: Path) -> None:
     assert len(found["answers"]) == 2
     for entry in found["answers"]:
         assert {"question", "prompt", "reference", "base", "tuned"} <= entry.keys()
+    for side in ("base", "tuned"):
+        assert 0 < found[side]["accuracy"] < 1
+        assert found[side]["perplexity"] > 1
+    assert (
+        found["held_out_conversations"]
+        == manifest(smoke / "run" / "data")["metrics"]["rows_held_out"]
+    )
+    assert [part["source"] for part in found["by_source"]] == ["sample"]
+    made = manifest(smoke / "run" / "adapter")
+    assert found["tuned"]["loss"] == pytest.approx(made["metrics"]["held_out_loss"], abs=0.02)
     text = (smoke / "run" / "evaluation" / "evaluation.md").read_text()
     assert found["answers"][0]["question"] in text
+    assert found["sentence"] in text
+
+
+def test_a_gate_that_is_not_met_ends_with_82_again_and_again(smoke: Path) -> None:
+    """What was measured stays, is not measured anew, and says what became of the gate."""
+    folder = smoke / "run" / "evaluation"
+    before = manifest(folder)
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["gate"] is None
+    bound = round(result["tuned"]["loss"], 3) - 0.1
+    args = (*SMOKE, "evaluate", "--run-dir", "run")
+    for _ in range(2):
+        began = time.perf_counter()
+        done = run_stages(smoke, *args, env={"GATE": f"loss_difference<0,loss<{bound:.3f}"})
+        assert time.perf_counter() - began < 2
+        assert done.returncode == 82, done.stderr
+        assert f"asked is <{bound:.3f}".rstrip("0") in done.stderr
+        assert json.loads((smoke / "run" / "error.json").read_text())["code"] == "gate-failed"
+        now, judged = manifest(folder), json.loads((folder / "evaluation.json").read_text())
+        assert judged == result | {"gate": now["metrics"]["gate"]}
+        assert [c["met"] for c in judged["gate"]["conditions"]] == [True, False]
+        assert "not met" in (folder / "evaluation.html").read_text()
+        for name in ("inputs", "settings", "versions", "device", "wall_seconds"):
+            assert now[name] == before[name]
+    few = run_stages(smoke, *args, "--gate", "better")
+    assert few.returncode == 82
+    assert "fewer than 6 held-out conversations" in few.stderr
+    done = run_stages(smoke, *args)
+    assert done.returncode == 0, done.stderr
+    assert manifest(folder)["files"] == before["files"]
+    assert not (smoke / "run" / "error.json").exists()
+
+
+def test_the_report_shows_what_the_evaluation_holds(smoke: Path) -> None:
+    result = json.loads((smoke / "run" / "evaluation" / "evaluation.json").read_text())
+    done = run_stages(smoke, *SMOKE, "report", "--run-dir", "run")
+    assert done.returncode == 0, done.stderr
+    words = "held-out loss, nats a token"
+    assert result["summary"][0] == [words, *(f"{result[s]['loss']:.3f}" for s in ("base", "tuned"))]
+    line = next(line for line in done.stdout.splitlines() if words in line)
+    assert line.split()[-2:] == result["summary"][0][1:]
+    assert result["summary"][2][0] == result["answers"][0]["question"]
 
 
 def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:

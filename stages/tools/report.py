@@ -3,7 +3,6 @@
 Reads the manifests of a run directory and its `evaluation/`. Writes nothing.
 """
 
-import json
 from typing import Any
 
 import click
@@ -19,30 +18,14 @@ from stages.lib.run.settings import Stage
 @click.pass_context
 def report(ctx: click.Context, run_dir: Any) -> None:
     """Print what a run came to."""
+    from stages.lib.report import comparison
     from stages.lib.report.table import table
 
     found = {name: made for name in MADE_BY if (made := load(run_dir / name))}
     if not found:
         raise Missing(f"there is no finished artifact in {run_dir}; run `prepare-data` first")
     if "evaluation" in found:
-        result = json.loads((found["evaluation"].path / "evaluation.json").read_text())
-        base, tuned = result["base"], result["tuned"]
-        rows = []
-        if base["loss"] is not None:
-            rows.append(
-                ("held-out loss, nats a token", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}")
-            )
-        if base["stop_rate"] is not None:
-            rows.append(
-                (
-                    "answers that stop by themselves",
-                    f"{base['stop_rate']:.0%}",
-                    f"{tuned['stop_rate']:.0%}",
-                )
-            )
-        for entry in result["answers"][:1]:
-            rows.append((entry["question"], entry["base"]["text"], entry["tuned"]["text"]))
-        click.echo(table(("", "before", "after"), rows))
+        click.echo(comparison.summary_table(comparison.read(found["evaluation"].path)))
     rows = [(name, str(made.path), _size(made.manifest)) for name, made in found.items()]
     click.echo(table(("artifact", "folder", "size"), rows))
 

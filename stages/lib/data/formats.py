@@ -137,6 +137,21 @@ class Format:
         first = next((line.strip() for line in text.split("\n") if line.strip()), "")
         return Stops((first,) if first else (), tuple(sorted(ids)))
 
+    def marks(self) -> tuple[str, ...]:
+        """What stands between turns and no answer should hold: lines of the format, and special tokens."""
+        between: list[str] = []
+        if self.template:
+            rest = self.prompt_text(GOLDEN)
+            for turn in GOLDEN.turns:
+                before, _, rest = rest.partition(turn.text)
+                between.append(before)
+            between.append(rest)
+        specials = tuple(sorted(filter(None, self.tokens.specials), key=len, reverse=True))
+        for word in specials:
+            between = [text.replace(word, "\n") for text in between]
+        lines = [line.strip() for text in between for line in text.split("\n")]
+        return tuple(dict.fromkeys([*(line for line in lines if len(line) > 2), *specials]))
+
     def recorded(self) -> dict[str, Any]:
         """What `load` needs to render the same prompts, with the proof that it does."""
         golden = GOLDEN if self.source else Conversation((Turn(TEXT, GOLDEN.turns[1].text),))

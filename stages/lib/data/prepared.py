@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.lib.data import conversation
+from stages.lib.data.formats import Format
 from stages.lib.data.preparation import Batch
 
 PARTS = ("train", "held_out")
@@ -114,6 +116,8 @@ class Part:
 
     Attributes:
         lengths: tokens of each row, int64 [rows]. trained: learned tokens of each row, int64 [rows].
+        numbers: of each row's conversation, which several rows share where it was split, int64 [rows].
+        sources: of each row, int64 [rows].
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,6 +127,9 @@ class Part:
         self.rows = Dataset.from_file(str(path)).with_format("numpy")
         table = self.rows.data
         self.lengths = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
+        self.numbers, self.sources = (
+            table.column(name).to_numpy().astype(np.int64) for name in ("row", "source")
+        )
         masks = table.column("trained").chunks
         self.trained = np.concatenate([np.empty(0, np.int64), *map(_true_counts, masks)])
 
@@ -147,6 +154,18 @@ def prompts(folder: Path) -> list[dict[str, Any]]:
     # Not splitlines, which also cuts at the line separators that a text may hold.
     lines = (folder / PROMPTS).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
+
+
+def questions(
+    folder: Path, count: int, own: str | None, chat_format: Format
+) -> list[dict[str, Any]]:
+    """What an evaluation asks: `own`, if there is one, and the first `count` of `prompts`, with their `ids`."""
+    found = prompts(folder)[:count]
+    if own:
+        asked = conversation.ask(own)
+        about = {"question": own, "prompt": chat_format.prompt_text(asked), "reference": None}
+        found.insert(0, about | asked.dumps())
+    return [one | {"ids": chat_format.prompt(conversation.loads(one))} for one in found]
 
 
 def head(

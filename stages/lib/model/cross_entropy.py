@@ -24,6 +24,17 @@ def piece(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
     return nll, gradient.to(logits.dtype)
 
 
+def judge(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each target its negative log-likelihood in nats, fp32 [N]; whether it is the first choice, bool [N].
+
+    Args:
+        logits: [N, vocabulary]. targets: [N].
+    """
+    exact = logits.float()
+    nll = exact.logsumexp(-1) - exact.gather(1, targets[:, None])[:, 0]
+    return nll, exact.argmax(-1) == targets
+
+
 class NllSum(torch.autograd.Function):
     """Summed negative log-likelihood of targets under a frozen head, its gradient found on the way forward."""
 

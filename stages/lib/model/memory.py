@@ -167,15 +167,9 @@ def _passes(quick: Quick, lengths: Ints, choice: Choice) -> bool:
 
 
 def _fits(quick: Quick, shape: Shape | None, size: int) -> bool:
-    """Whether a full bin fits, beside gradients that are held and the optimizer's state.
-
-    Of at least two rows, because they need a mask that one row does not; twice, as in an accumulation.
-    """
+    """Whether a full bin fits twice, as in an accumulation, beside gradients and the optimizer's state."""
     tuned = quick.tuned
-    length = min(shape.longest if shape else size, -(-size // 2))
-    ids = np.arange(size, dtype=np.int64) % tuned.config.vocab_size
-    parts = np.split(ids, range(length, size, length))
-    batch = to(lay_out([(part, np.ones(len(part), bool)) for part in parts], shape), load.device())
+    batch = to(full_bin(size, shape, tuned.config.vocab_size), load.device())
     tuned.train()
     loss = state = None
     try:
@@ -194,3 +188,14 @@ def _fits(quick: Quick, shape: Shape | None, size: int) -> bool:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def full_bin(size: int, shape: Shape | None, words: int) -> dict[str, Any]:
+    """A bin of `size` tokens below `words`, all learned.
+
+    Of at least two rows, because they need a mask that one row does not.
+    """
+    length = min(shape.longest if shape else size, -(-size // 2))
+    ids = np.arange(size, dtype=np.int64) % words
+    parts = np.split(ids, range(length, size, length))
+    return lay_out([(part, np.ones(len(part), bool)) for part in parts], shape)

@@ -55,7 +55,7 @@ class Quick:
         self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
         why = self._obstacle() or self._pack()
         if why:
-            self.remarks.append(f"{why}: it trains as transformers and peft have it")
+            self.remarks.append(f"{why}: it is computed as transformers and peft have it")
         self.packed = not why
         self.compiles = self.packed and load.device().type == "cuda"
         self.backend = "inductor"
@@ -79,6 +79,11 @@ class Quick:
             return None
         found = Shape.of(lengths, tokens)
         return found if self.compiles else Shape(found.longest)
+
+    def hidden(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The last hidden states of a bin, [N, width], of which the head makes the logits of its targets."""
+        options = {name: batch[name] for name in ("position_ids", "bounds", "longest", "uniform")}
+        return _hidden(self.causal, batch["input_ids"], batch["kept"], options)
 
     def _obstacle(self) -> str | None:
         """What about the model or its adapter is not known here, if anything."""
@@ -201,13 +206,16 @@ def _forward(
     """The summed loss of a bin that was laid out with a shape; anything else goes the model's own way."""
     if targets is None:
         return original(input_ids=input_ids, **options)
+    hidden, head = _hidden(causal, input_ids, kept, options), causal.get_output_embeddings()
+    return cross_entropy.NllSum.apply(hidden, head.weight, head.bias, targets, piece)
+
+
+def _hidden(causal: Any, input_ids: Any, kept: Any, options: dict[str, Any]) -> torch.Tensor:
+    """The last hidden states at the `kept` positions, [N, width]."""
     if options["bounds"].is_cuda:
         torch._dynamo.mark_dynamic(options["bounds"], 0)
     hidden = causal.model(input_ids=input_ids, use_cache=False, **options).last_hidden_state[0]
-    head = causal.get_output_embeddings()
-    return cross_entropy.NllSum.apply(
-        hidden.index_select(0, kept), head.weight, head.bias, targets, piece
-    )
+    return hidden.index_select(0, kept)
 
 
 def _head_is_all(causal: Any, batch: dict[str, Any]) -> bool:

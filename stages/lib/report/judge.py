@@ -39,6 +39,7 @@ REFERENCE = """
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.S)
 VERDICT = re.compile(r"[\s\"'*`.]*(?:\{\s*\"verdict\"\s*:\s*\")?(A|B|tie)\b[\s\"'*`.}]*", re.I)
 SIDES = ("base", "tuned")
+WIN_RATE = "tuned wins, of what was decided"
 Z = 1.959964  # 95 %
 
 
@@ -249,7 +250,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, Any]]:
         ("  disagreement rate", result["disagreement_rate"]),
         ("a reply was no verdict", result["unusable"]),
         ("the same text, not asked", result["identical"]),
-        ("tuned wins, of what was decided", result["win_rate"]),
+        (WIN_RATE, result["win_rate"]),
         ("  95 % interval, from", low),
         ("  to", high),
     ]
@@ -260,11 +261,7 @@ def table_of(result: dict[str, Any]) -> str:
     return table((f"judge {result['model']}", "count"), rows(result))
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The same as a section of a page."""
-    lines = ["## Judge", "", f"`{result['model']}` at {result['url']}, both orders.", ""]
-    lines += ["| | |", "| --- | --- |"]
-    for words, value in rows(result):
-        cell = "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-        lines.append(f"| {words.strip()} | {cell} |")
-    return "\n".join([*lines, ""])
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The same for a page: `note`, `headings` and `rows`."""
+    note = f"{result['model']} at {result['url']}, both orders."
+    return {"note": note, "headings": ["", "count"], "rows": rows(result)}

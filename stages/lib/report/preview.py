@@ -34,14 +34,14 @@ def text(rows: Iterable[Row], tokens: Tokens) -> str:
         for piece, is_learned, is_special in tokens.pieces(ids, learned):
             if coloured:
                 style = (LEARNED if is_learned else "") + (SPECIAL if is_special else "")
-                said += f"{style}{_visible(piece)}{END if style else ''}"
+                said += f"{style}{visible(piece)}{END if style else ''}"
             else:
-                said += f"«{_visible(piece)}»" if is_learned else _visible(piece)
+                said += f"«{visible(piece)}»" if is_learned else visible(piece)
         lines += [said.replace("»«", ""), ""]
     return "\n".join(lines)
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
     """Text from a data set without what a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in piece)
 
@@ -65,7 +65,7 @@ def write(
 
 def _marked(piece: str, learned: bool, special: bool) -> str:
     kinds = [kind for kind, applies in (("learned", learned), ("special", special)) if applies]
-    shown = html.escape(_visible(piece))
+    shown = html.escape(visible(piece))
     return f'<span class="{" ".join(kinds)}">{shown}</span>' if kinds else shown
 
 

@@ -1,6 +1,5 @@
 """Scores of benchmarks as people read them, and a judge's verdicts beside them."""
 
-from pathlib import Path
 from typing import Any
 
 from stages.lib.report import judge
@@ -14,15 +13,6 @@ def tables(result: dict[str, Any]) -> list[str]:
     """What an evaluation's `benchmarks` and `judge` came to, for a terminal; of what there is."""
     found = [table_of(result["benchmarks"])] if "benchmarks" in result else []
     return found + ([judge.table_of(result["judge"])] if "judge" in result else [])
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    """Add their sections to `evaluation.md`."""
-    with (folder / "evaluation.md").open("a", encoding="utf-8") as file:
-        if "benchmarks" in result:
-            file.write("\n" + markdown(result["benchmarks"]))
-        if "judge" in result:
-            file.write("\n" + judge.markdown(result["judge"]))
 
 
 def rows(result: dict[str, Any], members: bool) -> list[tuple[Any, ...]]:
@@ -56,21 +46,11 @@ def table_of(result: dict[str, Any]) -> str:
     return table(HEADINGS, rows(result, members=False))
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The scores as a section of a page, with what they were made by."""
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The scores for a page: `note`, `headings` and `rows`."""
     limit = f"the first {result['limit']} documents of each" if result["limit"] else "all documents"
     form = "as conversations in the recorded chat format" if result["chat"] else "as plain text"
-    lines = ["## Benchmarks", "", f"{result['harness']}, {limit}, {form}.", ""]
+    note = f"{result['harness']}, {limit}, {form}."
     if result["truncated"]:
-        lines += [
-            f"{result['truncated']} requests lost their beginning: the context is too short.",
-            "",
-        ]
-    lines += [f"| {' | '.join(HEADINGS)} |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    for row in rows(result, members=True):
-        cells = (
-            "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-            for cell in row
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        note += f" {result['truncated']} requests lost their beginning: the context is too short."
+    return {"note": note, "headings": list(HEADINGS), "rows": rows(result, members=True)}

@@ -82,7 +82,7 @@ class OutOfMemory(StageError):
 
 
 class GateFailed(StageError):
-    """A result is not what it must be, so it was not published."""
+    """A result is not what it must be; a merge is not published then, an evaluation is, with its verdict."""
 
     exit_code, slug = 82, "gate-failed"
 

@@ -198,6 +198,22 @@ class Run:
         manifest = self.manifest(inputs, metrics, **facts)
         return artifact.publish(source, self.folder / name, manifest)
 
+    def made_of(self, inputs: dict[str, Any], before: dict[str, Artifact]) -> dict[str, Any]:
+        """For a report: the inputs, the settings of this stage and those `before` it, and the versions."""
+        told = {stage: made.manifest["settings"] for stage, made in before.items()}
+        told[self.stage] = self.settings
+        values = {
+            stage: {name: entry["value"] for name, entry in found.items()}
+            for stage, found in told.items()
+        }
+        return {"inputs": inputs, "settings": values, "versions": versions()}
+
+    def revise(self, made: Artifact, source: Path, **metrics: Any) -> Artifact:
+        """Publish other words on the same figures: all that the manifest says of their making stays."""
+        self.check_held()
+        changed = {"metrics": made.metrics | metrics}
+        return artifact.publish(source, made.path, made.manifest | changed)
+
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[artifact.Draft]:
         """Publish `name` file by file, where it is too large to lie finished elsewhere.

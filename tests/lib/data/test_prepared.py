@@ -35,9 +35,35 @@ def test_the_head_is_as_long_as_asked(maker: Maker) -> None:
         assert found == list(range(1, min(count, 1200) + 1))
 
 
+def test_pieces_of_a_conversation_have_its_number(maker: Maker) -> None:
+    long = "### Human: Say it.### Assistant: " + "one two three four five " * 30
+    first = maker.file("one.jsonl", rows(2))
+    second = maker.file("two.jsonl", [long, *rows(1, first=90)])
+    part = Part(maker.prepare(f"{first},{second}", limit=64, policy="split").folder / "train.arrow")
+    pieces = len(part) - 3
+    assert pieces > 1
+    assert part.numbers.tolist() == [1, 2, *[3] * pieces, 4]
+    assert part.sources.tolist() == [0, 0, *[1] * pieces, 1]
+
+
 def test_a_part_without_rows(maker: Maker) -> None:
     part = Part(maker.prepare(maker.file("some.jsonl", rows(2))).folder / "held_out.arrow")
     assert (len(part), part.lengths.tolist(), part.trained.tolist()) == (0, [], [])
+    assert (part.numbers.tolist(), part.sources.tolist()) == ([], [])
+
+
+def test_an_evaluation_asks_the_users_question_first(maker: Maker) -> None:
+    made = maker.prepare(maker.file("some.jsonl", rows(40)), held_out=0.5)
+    form = make("guanaco", maker.tokens)
+    own, *others = prepared.questions(made.folder, 3, "Why?", form)
+    assert (own["question"], own["reference"]) == ("Why?", None)
+    assert own["prompt"] == form.prompt_text(loads(own))
+    assert [one["row"] for one in others] == [
+        one["row"] for one in prepared.prompts(made.folder)[:3]
+    ]
+    for one in (own, *others):
+        assert one["ids"] == form.prompt(loads(one))
+    assert prepared.questions(made.folder, 0, None, form) == []
 
 
 def test_questions_are_kept_for_evaluation(maker: Maker) -> None:

@@ -74,7 +74,7 @@ def test_a_judge_that_prefers_a_place(serve: Any) -> None:
     assert (result["wins"], result["ties"], result["losses"]) == (0, 0, 0)
     assert result["win_rate"] is None
     assert result["interval"] is None
-    assert "- |" in judge.markdown(result)
+    assert (judge.WIN_RATE, None) in judge.shown(result)["rows"]
 
 
 def test_a_judge_that_says_something_else(serve: Any) -> None:
@@ -209,7 +209,8 @@ def test_no_judge_is_no_mistake() -> None:
 def test_what_people_read(serve: Any) -> None:
     result = judge.ask(Judge(serve("content").url, "wise"), PAIRS)
     assert "tuned is better" in judge.table_of(result)
-    text = judge.markdown(result)
-    assert "| tuned is better | 2 |" in text
-    assert "| disagreement rate | 0 |" in text
-    assert KEY not in text
+    page = judge.shown(result)
+    assert ("tuned is better", 2) in page["rows"]
+    assert ("  disagreement rate", 0) in page["rows"]
+    assert "wise" in page["note"]
+    assert KEY not in str(page)
