@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stages.lib.model import exact, load, proving, shards
+from stages.lib.model import exact, host, load, proving, shards
 from stages.lib.model.base import Base
 from stages.lib.model.folding import Folded, Pairs, Trained, Weights, empty
 from stages.lib.model.shards import Shards
@@ -45,6 +45,7 @@ class Merge:
         parts: Sequence[tuple[Path, float]] = (),
     ) -> None:  # fmt: skip
         self.base, self.adapter, self.precision, self.kind = base, adapter, precision, kind
+        host.give_back()  # reading a 7B in pieces in 4 bit grew by gigabytes
         self.parts = parts or [(adapter, 1.0)]
         self.pairs = Pairs(adapter)
         published = Shards(base.folder)
