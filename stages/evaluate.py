@@ -52,7 +52,7 @@ def evaluate(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, load, measure
+        from stages.lib.model import adapter, health, load, measure
 
         adapter.check_base(made, base)
         tokens = Tokens(base.folder)
@@ -68,6 +68,9 @@ def evaluate(
         precision = made.manifest["metrics"]["base_precision"]
         tuned = adapter.load(load.load(base, precision), made.path, base)
         held_out = prepared.Part(data.path / "held_out.arrow")
+        probe = questions[0]["ids"] if questions else held_out[0][0]
+        first = made.metrics.get("health", {}).get("first_gradients")
+        alive = health.check(tuned, made.path, probe, precision, first)
         result = measure.compare(
             tuned,
             tokens,
@@ -79,6 +82,6 @@ def evaluate(
             max_new_tokens,
         )
         comparison.write(result, scratch)
-        metrics = {side: result[side] for side in ("base", "tuned")}
+        metrics = {side: result[side] for side in ("base", "tuned")} | {"health": alive}
         run.publish("evaluation", scratch, inputs, metrics, device=load.describe_device())
     click.echo(comparison.table_of(result))

@@ -11,7 +11,7 @@ from stages.lib.model.adapter_files import CONFIG, WEIGHTS, find
 from stages.lib.model.base import Base
 from stages.lib.run import artifact
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadData, BadSetting, Diverged, GateFailed
+from stages.lib.run.exits import BadData, BadSetting
 
 
 def attach(
@@ -82,7 +82,7 @@ def load(
     Raises:
         BadData: cut off, or made for a base of another shape.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -108,10 +108,7 @@ def load(
         raise BadData(
             f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}"
         ) from error
-    live = {
-        name: tuple(t.shape)
-        for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
-    }
+    live = {name: tuple(t.shape) for name, t in tensors(tuned).items()}
     if live != saved:
         odd = sorted(live.items() ^ saved.items())
         raise BadData(
@@ -195,22 +192,22 @@ def trainable(tuned: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in tuned.parameters() if parameter.requires_grad]
 
 
-def b_norm(folder: Path) -> float:
-    """The norm of all B matrices of a saved adapter; it is zero before the first step.
+def tensors(tuned: Any) -> dict[str, torch.Tensor]:
+    """The adapter in memory, under the names that its file has."""
+    from peft import get_peft_model_state_dict
 
-    Raises:
-        Diverged: a weight is not finite. GateFailed: nothing was learned.
-    """
+    return dict(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file."""
     from safetensors.torch import load_file
 
-    squares = 0.0
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
-        if "lora_B" in name:
-            squares += float(tensor.float().square().sum())
-    if not squares:
-        raise GateFailed(
-            "no B matrix has moved from zero: nothing was learned; raise LEARNING_RATE or EPOCHS"
-        )
-    return float(squares**0.5)
+    return dict(load_file(folder / WEIGHTS))
+
+
+def take(tuned: Any, folder: Path) -> None:
+    """Put the weights of a saved adapter into the one in memory, which has the same shape."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(tuned, read(folder))
