@@ -88,7 +88,7 @@ def evaluate(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, answer, load, measure
+        from stages.lib.model import adapter, answer, health, load, measure
         from stages.lib.model import benchmarks as harness
         from stages.lib.model.sampling import Sampling
 
@@ -100,6 +100,9 @@ def evaluate(
         base.check_room(max(map(len, prompts), default=0), max_new_tokens)
         precision = made.metrics["base_precision"]
         tuned = adapter.load(load.load(base, precision), made.path, base)
+        golden = chat_format.recorded()["golden"]["ids"]
+        first = made.metrics.get("health", {}).get("first_gradients")
+        alive = health.check(tuned, made.path, golden, precision, first)
         rows = prepared.Part(data.path / "held_out.arrow")
         lengths = [data.metrics["length_quantiles"][share] for share in ("0", "1")]
         sums = measure.held_out(tuned, precision, rows, lengths, made.metrics["bin_tokens"])
@@ -112,7 +115,7 @@ def evaluate(
         made_of = run.made_of(inputs, {"train": made, "prepare-data": data})
         result = comparison.compare(
             held_out, names, questions, said, chat_format.marks(), seed, made_of
-        )
+        ) | {"health": alive}
         if umpire:
             result["judge"] = judge.ask(umpire, result["answers"])
         if chosen:

@@ -5,6 +5,7 @@ Writes `checkpoints/step-*/` on the way, and `adapter/`: the adapter with the le
 reads it, its tokenizer and prompt format, and the last adapter in `last/`; losses are in the manifest.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def train(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, ceiling, history, load, memory, training
+        from stages.lib.model import adapter, ceiling, health, history, load, memory, training
         from stages.lib.model.architecture import Setup
         from stages.lib.model.plan import Choice
 
@@ -183,12 +184,16 @@ def train(
         adapter.assemble(best.path, last.path, out)
         chat_format.save(out)
         tokens.save(out, chat_format.source)
+        probe = rows[int(rows.lengths.argmax())][0]
+        first = history.first_gradients(last.path)
+        alive = health.trained(tuned, out, probe, setup.precision, first)
         metrics = history.summary(plan, rows, last.path) | facts | speed | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],
             "resumed_from_step": checkpoints.step(resumed) if resumed else None,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
-            "adapter_b_norm": adapter.b_norm(out),
+            "adapter_b_norm": math.hypot(*alive["b_norms"].values()),
+            "health": alive,
             "predicted_gpu_bytes": choice.memory and choice.memory.total,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
             "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul),

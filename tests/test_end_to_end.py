@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import REAL_ROWS, ROOT, clean_environment, run_stages
+from tests.refusals import refused
 
 SMOKE = ("--env-file", str(ROOT / "env" / "smoke.env"))
 STAGES = ("prepare-data", "train", "evaluate", "merge")
@@ -199,6 +200,45 @@ def test_the_report_shows_what_the_evaluation_holds(smoke: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if words in line)
     assert line.split()[-2:] == result["summary"][0][1:]
     assert result["summary"][2][0] == result["answers"][0]["question"]
+
+
+def test_the_account_of_the_adapters_health_is_kept(smoke: Path) -> None:
+    found = [
+        manifest(smoke / "run" / name)["metrics"]["health"] for name in ("adapter", "evaluation")
+    ]
+    trained, evaluated = found
+    first = trained["first_gradients"]
+    assert (first["step"], first["modules"], first["without_input"]) == (1, 60, [])
+    assert len(trained["b_norms"]) == 60
+    assert min(trained["b_norms"].values()) > 0
+    assert trained["unmoved"] == []
+    assert min(trained["logit_change"], evaluated["logit_change"]) > 0
+    assert evaluated | {"logit_change": None} == trained | {"logit_change": None}
+
+
+@pytest.mark.parametrize(
+    ("factor", "value", "words"),
+    [("lora_A", torch.nan, "not finite, "),
+     ("lora_B", 0.0, "the adapter changes nothing: no B matrix has moved from zero")],
+)  # fmt: skip
+def test_a_dead_adapter_is_not_evaluated(
+    smoke: Path, tmp_path: Path, factor: str, value: float, words: str
+) -> None:
+    """Published whole, so that only a look at its numbers can tell."""
+    from safetensors.torch import load_file, save_file
+
+    from stages.lib.run import artifact
+
+    for name, target in (("data", "run/data"), ("adapter", "made")):
+        shutil.copytree(smoke / "run" / name, tmp_path / target)
+    made = manifest(tmp_path / "made")
+    (tmp_path / "made" / "manifest.json").unlink()
+    path = tmp_path / "made" / "adapter_model.safetensors"
+    changed = {n: t.fill_(value) if factor in n else t for n, t in load_file(path).items()}
+    save_file(changed, path)
+    artifact.publish(tmp_path / "made", tmp_path / "run" / "adapter", made)
+    done = run_stages(tmp_path, *SMOKE, "evaluate", "--run-dir", "run")
+    refused(done, 82, words)
 
 
 def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:

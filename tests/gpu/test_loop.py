@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.lib.data.bins import Schedule
-from stages.lib.model import ceiling, fp8, training
+from stages.lib.model import ceiling, fp8, health, history, training
 from stages.lib.model.loss import Shape, lay_out, pinned, to
 from stages.lib.model.pending import Moment, Numbers
 from stages.lib.model.quick import Quick
@@ -66,6 +66,10 @@ def test_between_evaluations_nothing_waits_for_the_gpu(
     assert [entry["step"] for entry in log(last[-1])] == list(range(1, 13))
     assert 0 < found["step_seconds"] < 5
     assert found["model_flops_per_second"] > 0
+    first = history.first_gradients(last[-1])
+    assert first is not None
+    assert (first["step"], first["modules"], first["without_input"]) == (1, 14, [])
+    assert health.logit_change(tuned, np.arange(3, 40), precision) > 0  # a bin of no round size
 
 
 def test_a_bin_is_pinned_once_and_copied_whole() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from stages.lib.model.adapter_files import CONFIG, WEIGHTS, find
 from stages.lib.model.base import Base
 from stages.lib.run import artifact
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import BadData, BadSetting, Diverged, GateFailed
+from stages.lib.run.exits import BadData, BadSetting, GateFailed
 
 
 def attach(
@@ -84,7 +85,7 @@ def load(
     Raises:
         BadData: cut off, or made for a base of another shape. GateFailed: a weight is not finite.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -110,23 +111,25 @@ def load(
         raise BadData(
             f"the adapter in {folder} was made for another base: {str(error).splitlines()[0]}"
         ) from error
-    live = {
-        name: tuple(t.shape)
-        for name, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
-    }
+    live = {name: tuple(t.shape) for name, t in tensors(tuned).items()}
     if live != saved:
         odd = sorted(live.items() ^ saved.items())
         raise BadData(
             f"the adapter in {folder} was made for another base: {odd[0][0]} does not match"
         )
-    _check_finite(tuned, folder)
+    check_finite(((name, p) for name, p in tuned.named_parameters() if "lora_" in name), folder)
     _name_base(tuned, *base.adapter_name())
     return tuned
 
 
-def _check_finite(tuned: Any, folder: Path) -> None:
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name and not bool(parameter.isfinite().all()):
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Refuse an adapter by its tensors and their names.
+
+    Raises:
+        GateFailed: one is not finite.
+    """
+    for name, tensor in tensors:
+        if not bool(tensor.isfinite().all()):
             raise GateFailed(
                 f"the adapter in {folder} has a weight that is not finite, {name}; train it again"
             )
@@ -206,22 +209,22 @@ def trainable(tuned: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in tuned.parameters() if parameter.requires_grad]
 
 
-def b_norm(folder: Path) -> float:
-    """The norm of all B matrices of a saved adapter; it is zero before the first step.
+def tensors(tuned: Any) -> dict[str, torch.Tensor]:
+    """The adapter in memory, under the names that its file has."""
+    from peft import get_peft_model_state_dict
 
-    Raises:
-        Diverged: a weight is not finite. GateFailed: nothing was learned.
-    """
+    return dict(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file."""
     from safetensors.torch import load_file
 
-    squares = 0.0
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Diverged(f"the adapter's {name} is not finite; lower LEARNING_RATE")
-        if "lora_B" in name:
-            squares += float(tensor.float().square().sum())
-    if not squares:
-        raise GateFailed(
-            "no B matrix has moved from zero: nothing was learned; raise LEARNING_RATE or EPOCHS"
-        )
-    return float(squares**0.5)
+    return dict(load_file(folder / WEIGHTS))
+
+
+def take(tuned: Any, folder: Path) -> None:
+    """Put the weights of a saved adapter into the one in memory, which has the same shape."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(tuned, read(folder))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,8 @@ class Conduct(TrainerCallback):
 
     Args:
         evaluates: there are held-out rows. saved: see `train`.
-        numbers: loss and gradient norm of the step that was just handed over, [2] on the device.
+        numbers: loss and gradient norm of the step that was just handed over, [2] on the device; or more.
+        judged: told of a step's number, its loss, and what more there was; what the log is to remember of it.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Conduct(TrainerCallback):
         saved: Callable[[Path, int, float | None], None],
         progress: Progress,
         numbers: Callable[[], torch.Tensor],
+        judged: Callable[[int, float, Sequence[float]], dict[str, Any]],
     ) -> None:
         self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
-        self.numbers = numbers
+        self.numbers, self.judged = numbers, judged
         self.pending: deque[Numbers] = deque()
         self.pace = Pace()
         # The last step and up to three before it, evenly.
@@ -84,16 +86,17 @@ class Conduct(TrainerCallback):
         """Read what is pending, but for the last `but` steps; waits until the GPU is through with the others.
 
         Raises:
-            Diverged: a loss or a gradient is not finite.
+            Diverged: a loss or a gradient is not finite. GateFailed: a module has no gradient.
         """
         while len(self.pending) > but:
             numbers = self.pending.popleft()
-            loss, norm = numbers.read()
+            loss, norm, *more = numbers.read()
             _check(f"the loss after step {numbers.step}", loss)
             _check(f"a gradient of step {numbers.step}", norm)
             self.pace.add(*self.bins.work(numbers.step - 1), numbers.ended)
             found = {"loss": loss, "grad_norm": norm, "learning_rate": numbers.learning_rate}
-            state.log_history.append(found | {"step": numbers.step})
+            noted = self.judged(numbers.step, loss, more) if more else {}
+            state.log_history.append(found | noted | {"step": numbers.step})
             self.progress.update(
                 numbers.step,
                 loss=loss,

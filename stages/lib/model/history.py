@@ -13,6 +13,12 @@ def steps_done(checkpoint: Path) -> int:
     return int(_state(checkpoint)["global_step"])
 
 
+def first_gradients(checkpoint: Path) -> dict[str, Any] | None:
+    """What the run recorded of its first gradients, in whichever attempt; see `health.FirstGradients`."""
+    key = "first_gradients"
+    return next((entry[key] for entry in _state(checkpoint)["log_history"] if key in entry), None)
+
+
 def _state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / "trainer_state.json").read_text()))
 

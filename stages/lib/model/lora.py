@@ -23,6 +23,17 @@ def layers(tuned: Any) -> list[Any]:
     return [module for module in tuned.modules() if isinstance(module, LoraLayer)]
 
 
+def name_of(part: str) -> str:
+    """The base's name of a projection, from that of its adapter or of a tensor there."""
+    return part.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def named(tuned: Any) -> dict[str, Any]:
+    """The model's adapted projections that have two factors, by the base's names, in order."""
+    found = tuned.named_modules()
+    return {name_of(n): m for n, m in found if isinstance(m, LoraLayer) and m.lora_A}
+
+
 def simple(tuned: Any) -> bool:
     """Whether every branch is B A x and nothing beyond it; DoRA, a bias or an adapted embedding is more."""
     return all(

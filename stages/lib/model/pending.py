@@ -33,7 +33,8 @@ class Numbers:
     """A step's loss and gradient norm, and when the GPU was through with the step.
 
     Args:
-        step: from 1. learning_rate: the one it took. values: [2], loss in nats and norm, on the device.
+        step: from 1. learning_rate: the one it took.
+        values: [2 or more], loss in nats, norm, and what else is asked for, on the device.
     """
 
     def __init__(self, step: int, learning_rate: float, values: torch.Tensor) -> None:
@@ -43,8 +44,7 @@ class Numbers:
         self._host.copy_(values, non_blocking=True)
         self.ended = Moment()
 
-    def read(self) -> tuple[float, float]:
-        """Loss and gradient norm; waits until they are there."""
+    def read(self) -> tuple[float, ...]:
+        """Loss, gradient norm, and what else was asked for; waits until they are there."""
         self.ended.wait()
-        loss, norm = self._host.tolist()
-        return loss, norm
+        return tuple(self._host.tolist())

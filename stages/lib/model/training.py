@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, history, load
+from stages.lib.model import adapter, health, history, load
 from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import (
     Plan,
@@ -75,7 +75,8 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
     def _lay_out(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, self.plan.bins_per_step)
         batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
-        return pinned(batch) | {"step": step, "bin": place, "step_tokens": self._tokens(step)}
+        facts = {"step": step, "bin": place, "step_tokens": self._tokens(step)}
+        return pinned(batch) | facts | {"tells": health.tells(batch)}
 
     def _tokens(self, step: int) -> int:
         if self._step_tokens[0] != step:
@@ -106,11 +107,12 @@ class LoraTrainer(Trainer):
         held_out: Rows,
         rate: Callable[[int, int], float],
         longest_gradient: float,
+        first: health.FirstGradients,
     ) -> None:
         # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
         super().__init__(model=quick.tuned, args=arguments, compute_loss_func=nll_sum)
         self.quick, self.bins, self.held_out, self.rate = quick, bins, held_out, rate
-        self.longest_gradient = longest_gradient
+        self.longest_gradient, self.first = longest_gradient, first
         self.step_loss: torch.Tensor
 
     def get_train_dataloader(self) -> Any:
@@ -132,8 +134,13 @@ class LoraTrainer(Trainer):
         return self.optimizer
 
     def numbers(self) -> torch.Tensor:
-        """[2], on the device: the last step's loss in nats, and the norm of its gradient."""
-        return torch.stack([self.step_loss, self.flat.norm])
+        """[2], on the device: the last step's loss in nats, and the norm of its gradient.
+
+        At the first step that can tell also those of each factor's gradient, before it was cut.
+        """
+        found = torch.stack([self.step_loss, self.flat.norm])
+        norms = self.first.norms()
+        return found if norms is None else torch.cat([found, norms])
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """None of Trainer's own, which it takes over every small tensor: the flat one has it."""
@@ -154,6 +161,7 @@ class LoraTrainer(Trainer):
     ) -> torch.Tensor:
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         preemption.check()
+        self.first.look(inputs)
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)  # for a base that has dropout of its own
@@ -256,17 +264,21 @@ def train(
 
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
+        GateFailed: an adapted module has no gradient at the first step.
     """
     done = history.steps_done(resume) if resume else 0
     if done >= plan.steps:
+        adapter.take(quick.tuned, Path(str(resume)))
         return {}  # Trainer would take one more step
+    known = history.first_gradients(resume) if resume else None
+    first = health.FirstGradients(quick.tuned, quick.packed, known)
     bins = Bins(plan, rows, shape, counter(quick.tuned))
     rate = functools.partial(learning_rate, recipe["schedule"], recipe["warmup"])
     given = arguments(scratch, plan, quick.precision, **recipe)
-    trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"])
+    trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"], first)
     trainer.remove_callback(PrinterCallback)
     with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
-        conduct = Conduct(bins, len(held_out) > 0, saved, progress, trainer.numbers)
+        conduct = Conduct(bins, len(held_out) > 0, saved, progress, trainer.numbers, first.judge)
         trainer.add_callback(conduct)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

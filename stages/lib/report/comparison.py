@@ -229,7 +229,8 @@ def table_of(result: Figures) -> str:
 
 def metrics(result: Figures) -> Figures:
     """What the manifest says of it."""
-    return {key: result[key] for key in (*SIDES, "difference", "verdict", "sentence", "gate")}
+    kept = (*SIDES, "difference", "verdict", "sentence", "gate", "health")
+    return {key: result[key] for key in kept if key in result}
 
 
 def write(result: Figures, folder: Path) -> None:

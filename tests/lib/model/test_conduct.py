@@ -36,8 +36,9 @@ class Loop:
         self.values = torch.zeros(2)
         steps: Any = Steps()
         self.conduct = Conduct(
-            steps, True, lambda *_: None, Progress(8, "steps"), lambda: self.values
-        )
+            steps, True, lambda *_: None, Progress(8, "steps"), lambda: self.values,
+            lambda step, loss, more: {"more": [step, *more]},
+        )  # fmt: skip
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (done + 1))
 
