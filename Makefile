@@ -77,7 +77,7 @@ docker-push: ## Push the image
 	docker push $(IMAGE)
 
 test: .venv/test ## Run the tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 check: .venv/test ## Lint, types, Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

@@ -1,9 +1,11 @@
 """What the tests share: the command line as a subprocess, a tiny real model, and real rows."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "oasst-guanaco.jsonl"
+# Two tests run at a time (see the Makefile): threads for tiny tensors would wait for each other, by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 Stages = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -18,7 +22,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
     """An environment without settings, its hub cache and scratch in `folder`."""
     kept = {
         name: os.environ[name]
-        for name in ("PATH", "HOME", "LANG", "XDG_CACHE_HOME")
+        for name in ("PATH", "HOME", "LANG", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
         if name in os.environ
     }
     scratch = folder / "scratch"
@@ -61,7 +65,10 @@ def sample_model() -> Path:
     """The embedded model, converted into the user's cache."""
     from stages.lib.model import sample
 
-    return sample.folder()
+    # The first time it takes 20 s of a core, which two workers need not both spend.
+    with (Path(tempfile.gettempdir()) / "lora-stages-tests.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sample.folder()
 
 
 @pytest.fixture(scope="session")

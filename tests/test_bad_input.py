@@ -48,8 +48,8 @@ def make_run(preset: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Where commands that load torch run behind the tests that do not, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
+    """Where commands that load torch run behind the tests that do not, one at a time."""
+    with ThreadPoolExecutor(1) as pool:
         yield pool
         pool.shutdown(cancel_futures=True)
 
@@ -636,7 +636,7 @@ def refused_training(
         if case.code == 73
         else contextlib.nullcontext() as small
     ):
-        env = {"OMP_NUM_THREADS": "1"} | ({"SCRATCH_DIR": str(small)} if small else {})
+        env = {"SCRATCH_DIR": str(small)} if small else {}
         result = run_stages(folder, "--env-file", preset, "train", *common, *args, env=env)
         assert not small or list(small.iterdir()) == []
     return result

@@ -333,36 +333,42 @@ def test_the_base_is_nf4_double_quantised_computing_in_bf16(tiny: Path) -> None:
     assert layer.compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "auto"])
-def test_other_precisions_train(tiny: Path, rows: Path, tmp_path: Path, precision: str) -> None:
+@pytest.fixture(scope="module")
+def prepared(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run` with data for the tiny model, in rows of 128 tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
+    done = run_stages(folder, "prepare-data", "--run-dir", "run", *data)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_rows_that_are_too_long_for_the_base_are_refused(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
     common = ("--run-dir", "run", "--base-model", str(tiny))
     assert run_stages(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2
-    for args in (
-        ("prepare-data", "--dataset", str(rows), "--max-length", "128"),
-        (
-            "train",
-            "--base-precision",
-            precision,
-            "--batch-tokens",
-            "256",
-            "--learning-rate",
-            "1e-2",
-        ),
-    ):
-        done = run_stages(tmp_path, args[0], *common, *args[1:])
-        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16", "auto"])
+def test_other_precisions_train(tiny: Path, prepared: Path, tmp_path: Path, precision: str) -> None:
+    shutil.copytree(prepared, tmp_path / "run")
+    done = run_stages(
+        tmp_path, "train", "--run-dir", "run", "--base-model", str(tiny), "--base-precision", precision,
+        "--batch-tokens", "256", "--learning-rate", "1e-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     history = manifest(tmp_path / "run" / "adapter")["metrics"]["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
 
 
 def test_a_warm_start_begins_where_the_adapter_ended(
-    tiny: Path, rows: Path, tmp_path: Path
+    tiny: Path, prepared: Path, tmp_path: Path
 ) -> None:
     common = ("--base-model", str(tiny), "--base-precision", "fp32", "--batch-tokens", "256")
-    data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
     for run in ("one", "two"):
-        assert run_stages(tmp_path, "prepare-data", "--run-dir", run, *data).returncode == 0
+        shutil.copytree(prepared, tmp_path / run)
     first = run_stages(tmp_path, "train", "--run-dir", "one", *common, "--learning-rate", "1e-2")
     assert first.returncode == 0, first.stderr
     args = (
@@ -390,20 +396,31 @@ def test_a_warm_start_begins_where_the_adapter_ended(
     assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_started_again_it_is_the_same_adapter(
-    tiny: Path, rows: Path, tmp_path: Path, kill: signal.Signals
-) -> None:
-    """Through the command line: stopped once a checkpoint is there, then the same command."""
-    data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[str, ...], bytes]:
+    """A recipe of forty steps, and the adapter that it makes in one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     recipe = (
         "train", "--base-model", str(tiny), "--base-precision", "nf4", "--rank", "16",
         "--batch-tokens", "512", "--micro-batch-tokens", "128", "--max-steps", "40",
     )  # fmt: skip
-    for run in ("whole", "cut"):
-        assert run_stages(tmp_path, "prepare-data", "--run-dir", run, *data).returncode == 0
-    assert run_stages(tmp_path, *recipe, "--run-dir", "whole").returncode == 0
+    shutil.copytree(prepared, folder / "whole")
+    assert run_stages(folder, *recipe, "--run-dir", "whole").returncode == 0
+    return recipe, (folder / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
 
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_started_again_it_is_the_same_adapter(
+    prepared: Path,
+    uninterrupted: tuple[tuple[str, ...], bytes],
+    tmp_path: Path,
+    kill: signal.Signals,
+) -> None:
+    """Through the command line: stopped once a checkpoint is there, then the same command."""
+    recipe, whole = uninterrupted
+    shutil.copytree(prepared, tmp_path / "cut")
     command = [sys.executable, "-m", "stages", *recipe, "--run-dir", "cut"]
     with subprocess.Popen(
         command, env=clean_environment(tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -418,8 +435,7 @@ def test_stopped_and_started_again_it_is_the_same_adapter(
     done = run_stages(tmp_path, *recipe, "--run-dir", "cut")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
-    weights = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "cut")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
     assert manifest(tmp_path / "cut" / "adapter")["metrics"]["resumed_from_step"] > 0
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept[-1] == "step-00000040"
@@ -438,8 +454,21 @@ def trained(folder: Path, tiny: Path, rows: Path, **changed: str) -> dict[str, s
     return env
 
 
-def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: Path) -> None:
-    env = trained(tmp_path, tiny, rows, MAX_STEPS="4")
+@pytest.fixture(scope="module")
+def four_steps(
+    tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
+    """A finished run of four steps, to be copied, and the environment that made it."""
+    folder = tmp_path_factory.mktemp("four steps")
+    env = trained(folder, tiny, rows, MAX_STEPS="4")
+    return folder / "run", env
+
+
+def test_a_forced_run_that_is_stopped_goes_on(
+    four_steps: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    run, env = four_steps
+    shutil.copytree(run, tmp_path / "run")
     # As a forced run leaves it when it is stopped behind its third step.
     for name in ("adapter", "checkpoints/step-00000004"):
         shutil.rmtree(tmp_path / "run" / name)
@@ -456,9 +485,10 @@ def test_a_forced_run_that_is_stopped_goes_on(tiny: Path, rows: Path, tmp_path: 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
-    tiny: Path, rows: Path, tmp_path: Path, damage: str
+    four_steps: tuple[Path, dict[str, str]], tmp_path: Path, damage: str
 ) -> None:
-    env = trained(tmp_path, tiny, rows, MAX_STEPS="4")
+    run, env = four_steps
+    shutil.copytree(run, tmp_path / "run")
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()
     shutil.rmtree(weights.parent)
@@ -474,9 +504,10 @@ def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
 
 
 def test_corrupt_artifacts_are_mended_as_their_error_says(
-    tiny: Path, rows: Path, tmp_path: Path
+    four_steps: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    env = trained(tmp_path, tiny, rows, MAX_STEPS="2")
+    run, env = four_steps
+    shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     done = run_stages(tmp_path, "train", env=env)
