@@ -29,7 +29,7 @@ def test_both_sides_are_those_of_plain_peft(precision: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     with Scorer(tuned, precision, some.lengths, 256) as scorer:
-        assert scorer.quick.compiles
+        assert scorer.quick.compiles == (precision != "fp32")  # its attention goes row by row
         found = [{on: scorer.sums(some, on) for on in (False, True)} for _ in range(2)]
     # A graph of the layers and one of the loss for each side at most, and none for the second time.
     assert counters["stats"]["unique_graphs"] <= 6

@@ -54,6 +54,9 @@ class Group:
             self._together(dtype)
         elif kinds == {fp8.Fp8Linear}:
             self._in_eight_bits()
+        elif self.bases[0].weight.is_cuda and not all(map(nf4.is_nested, self.bases)):
+            # bitsandbytes asks the GPU for an int8 product's outliers, which no graph can hold.
+            raise Unknown("a base in int8, or in several types")
         elif unpack and all(nf4.is_nested(base) for base in self.bases):
             parts = [nf4.whole(base).to(dtype) for base in self.bases]
             self.weight = torch.cat([*parts, *([] if found is None else [found.downs])])
