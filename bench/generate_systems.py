@@ -23,7 +23,7 @@ SYSTEMS = {
     "transformers, static cache, compiled, merged": (ONE,),
     "transformers, continuous batching": (FILE,),
 }  # fmt: skip
-PROMPTS, LONGEST, ONE_PROMPT = 256, 256, 100  # 256 tokens, that one padded batch of all fits 80 GB
+PROMPTS, LONGEST, ONE_PROMPT = 256, 512, 100
 FEW = 8  # prompts without a GPU, for a look at the script
 NEW = {ONE: 256, FILE: 128}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
