@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import evaluate, quality, train
+from bench import evaluate, generate, quality, train
 from bench.train_results import SEVEN, merge, operations, table
 
 ROOT = Path(__file__).parent.parent
@@ -112,3 +112,13 @@ def test_rows_of_the_evaluation_have_the_lengths_of_conversations() -> None:
     ids, learned = rows[0]
     assert len(ids) == len(learned) == rows.lengths[0]
     assert learned.sum() == rows.trained[0]
+
+
+def test_the_documents_say_how_fast_answers_come() -> None:
+    results = json.loads(generate.RESULTS.read_text())
+    said = (ROOT / "docs/generating.md").read_text()
+    assert generate.table(results) in said
+    one = {r["system"]: r["tokens_per_second"] for r in results if r["workload"] == generate.ONE}
+    ratio = one["lora-stages bf16"] / one["transformers, static cache, compiled"]
+    assert f"{ratio:.2f}\ntimes a compiled static cache" in said
+    assert len({r["hardware"]["gpu"] for r in results}) == 1
