@@ -24,7 +24,7 @@ LAG = 1  # steps that the host is behind
 SPARE = 3 * 2**30  # bytes of a GPU for all but the cache
 SHARE = 0.9  # of what is free
 # Mean KL from the model's own distribution on a short text, nats: a wrong mask or rotation is far off. Rounding
-# alone moved a 7B with random weights by 0.003 in bf16, and in FP8, where a bit flips others behind it, by 0.11.
+# alone moved a 7B with random weights by 0.003 in bf16, and by 0.11 in FP8, where a bit flips others behind it.
 CLOSE = {"fp32": 1e-5, "fp8": 0.5}
 CLOSE_ROUNDED = 5e-2
 PROBE = 24
