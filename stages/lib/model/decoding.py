@@ -61,6 +61,8 @@ class Decoding:
         Raises:
             OutOfMemory: the GPU has no room for one of them.
         """
+        if not prompts:
+            return
         sizes = [
             len(prompt) + said.limit + LAG for prompt, said in zip(prompts, answers, strict=True)
         ]

@@ -177,6 +177,12 @@ def test_answers_that_end_early_leave_the_others_alone() -> None:
     assert {one.finish for one in found.values()} == {"stop", "length"}
 
 
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_nobody_asked(family: str) -> None:
+    tuned = make((QUICK | {name: one for name, (one, _) in PLAIN.items()})[family])
+    assert list(speaker(tuned).each([])) == []
+
+
 def test_parts_of_a_cache_come_back() -> None:
     free = Free(10, 20)
     assert [free.take(4), free.take(4), free.take(4)] == [10, 14, None]
