@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from bench.train import hardware
-from bench.train_model import SHAPES, VOCABULARY
+from bench.train_model import SHAPES, VOCABULARY, made
 
 MEAN, SPREAD, LEAST, MOST = 5.8, 0.75, 24, 2048  # of the lengths: lognormal, 427 tokens on average
 RANK, DROPOUT = 16, 0.05
@@ -54,23 +54,11 @@ class RandomRows:
 
 def model(shape: str, precision: str) -> Any:
     """A tuned Llama with random weights, its base in this precision."""
-    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.lib.model import fp8, load
+    from stages.lib.model import fp8
 
-    hidden, inner, layers, heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with load.device():
-        base = LlamaForCausalLM(config).requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
+    base = made(shape).requires_grad_(False)
     if precision == "fp8":
         fp8.convert(base)
     elif precision == "nf4":

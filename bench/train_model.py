@@ -8,6 +8,7 @@ as cut them into about the lengths that they have in Llama 2's: 427 on average, 
 
 import json
 import sys
+from typing import Any
 
 TOKENS = 9000
 VOCABULARY = 32_000
@@ -33,8 +34,8 @@ def write_tokenizer(texts: list[str], folder: str) -> None:
     whole.save_pretrained(folder)
 
 
-def write_model(shape: str, folder: str) -> None:
-    """Weights in bf16, drawn on the GPU where there is one."""
+def made(shape: str) -> Any:
+    """The model, its weights in bf16, drawn on the GPU where there is one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,13 +46,15 @@ def write_model(shape: str, folder: str) -> None:
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="5GB")
+    torch.set_default_dtype(before)
+    return model
 
 
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as lines:
         write_tokenizer([json.loads(line)["text"] for line in lines], sys.argv[2])
-    write_model(sys.argv[3], sys.argv[2])
+    made(sys.argv[3]).save_pretrained(sys.argv[2], max_shard_size="5GB")

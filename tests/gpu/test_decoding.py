@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages.lib.model import decode_ops, decoder, decoding, fp8
-from stages.lib.model.decoder import logits_of
+from stages.lib.model import decode_ops, decoder, fp8
 from stages.lib.model.sampling import Sampling
 from tests.decoders import QUICK, error, exact_twin, make
-from tests.lib.model.test_decoding import FAMILIES, said, speaker, wanted
+from tests.lib.model.test_decoding import FAMILIES, held_against_plain, said, speaker, wanted
 from tests.lib.model.test_int8 import convert as in_int8
 from tests.lib.model.test_nf4 import convert as in_nf4
 
@@ -132,14 +131,7 @@ def test_a_base_in_few_bits(precision: str, roomy: bool, monkeypatch: pytest.Mon
     tuned = make(described, dtype=torch.bfloat16, place="cuda", convert=CONVERT[precision]).eval()
     exact = exact_twin(tuned, described).eval()
     one = speaker(tuned, precision)
-    assert one.decoding, one.remarks
-    ids = torch.arange(3, 3 + decoding.PROBE, device="cuda")
-    true = logits_of(exact, "fp32", ids)[-2:]
-    plain = logits_of(tuned, precision, ids)[-2:]
-    one.decoding.decoder.switch(adapted=True)
-    with torch.no_grad():
-        found = decoding.of_text(one.decoding.decoder, ids)
-    assert error(found, true) < 1.3 * error(plain, true)
+    held_against_plain(one, exact)
     assert all(said(one))
 
 

@@ -86,6 +86,19 @@ def test_biases_are_added() -> None:
     assert said(one) == wanted(tuned)
 
 
+def held_against_plain(one: Speaker, exact: Any) -> None:
+    """The decoder's logits are as close to fp64 as those of the model itself are."""
+    assert one.decoding, one.remarks
+    decoder = one.decoding.decoder
+    ids = torch.arange(3, 3 + decoding.PROBE, device=decoder.place)
+    true = logits_of(exact, "fp32", ids)[-2:]
+    plain = logits_of(one.tuned, one.precision, ids)[-2:]
+    decoder.switch(adapted=True)
+    with torch.no_grad():
+        found = decoding.of_text(decoder, ids)
+    assert error(found, true) < 1.3 * error(plain, true)
+
+
 @pytest.mark.parametrize(
     ("precision", "convert"), [("nf4", in_nf4), ("fp8", fp8.convert), ("int8", in_int8)]
 )
@@ -93,15 +106,7 @@ def test_a_base_in_few_bits(precision: str, convert: Any) -> None:
     described = QUICK["llama3"] | {"hidden_size": 128, "intermediate_size": 256}
     tuned = make(described, dtype=torch.bfloat16, convert=convert).eval()
     exact = exact_twin(tuned, described).eval()
-    one = speaker(tuned, precision)
-    assert one.decoding, one.remarks
-    ids = torch.arange(3, 3 + decoding.PROBE)
-    true = logits_of(exact, "fp32", ids)[-2:]
-    plain = logits_of(tuned, precision, ids)[-2:]
-    one.decoding.decoder.switch(adapted=True)
-    with torch.no_grad():
-        found = decoding.of_text(one.decoding.decoder, ids)
-    assert error(found, true) < 1.3 * error(plain, true)
+    held_against_plain(speaker(tuned, precision), exact)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
