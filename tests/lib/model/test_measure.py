@@ -1,5 +1,6 @@
 """Both sides of an evaluation, in one load."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ def test_both_sides_are_read_and_speak(
     sums = measure.held_out(tuned, "fp32", rows, [12, 30], 64)
     assert sums["base"].tokens.tolist() == sums["tuned"].tokens.tolist() == rows.trained.tolist()
     assert (np.abs(sums["base"].nll - sums["tuned"].nll) > 0.01).all()
-    speaker = Speaker(tuned, "fp32", Tokens(tiny), Stops((), (2,)), 6)
-    said = measure.spoken(speaker, [[5, 6, 7, 8], [9]])
+    tokens, prompts = Tokens(tiny), [[5, 6, 7, 8], [9]]
+    said = measure.spoken(Speaker(tuned, "fp32", tokens, Stops((), (2,)), 6), prompts)
     assert [one.text for one in said["base"]] != [one.text for one in said["tuned"]]
     assert [len(answers) for answers in said.values()] == [2, 2]
-    with tuned.disable_adapter():
-        assert dict(speaker.each([[5, 6, 7, 8], [9]])) == dict(enumerate(said["base"]))
+    for side, off in (("base", tuned.disable_adapter()), ("tuned", contextlib.nullcontext())):
+        with off:
+            for one, prompt in zip(said[side], prompts, strict=True):
+                out = tuned.generate(
+                    input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False,
+                    eos_token_id=2, pad_token_id=0,
+                )  # fmt: skip
+                assert one.text == tokens.decode(out[0, len(prompt) :].tolist()).strip()
 
 
 def test_nothing_held_out_is_nothing_measured(
