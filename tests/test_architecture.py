@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.lib.run import failpoints
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "stages").rglob("*.py"))
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "pyarrow"}
@@ -116,6 +118,13 @@ def test_owners() -> None:
             assert name.startswith("stages.lib.model."), name
         if "os.environ" in text or "dotenv" in packages:
             assert name in ("stages.lib.run.settings", "stages.lib.run.environment"), name
+
+
+def test_every_failpoint_is_somewhere_in_the_work() -> None:
+    reached: list[str] = []
+    for path in FILES:
+        reached += re.findall(r'failpoints\.reach\("([^"]*)"\)', path.read_text())
+    assert set(reached) == set(failpoints.POINTS)
 
 
 def test_names_say_something() -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stages.lib.model.loss import Plan
 from stages.lib.model.pace import Pace
 from stages.lib.model.pending import Numbers
+from stages.lib.run import failpoints
 from stages.lib.run.exits import Diverged
 from stages.lib.run.progress import Progress
 
@@ -75,6 +76,7 @@ class Conduct(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        failpoints.reach("train.step")
         if state.global_step in self.evaluate_at:
             control.should_evaluate = self.evaluates
             control.should_save = True

@@ -31,7 +31,7 @@ from stages.lib.model.loss import (
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
-from stages.lib.run import preemption
+from stages.lib.run import failpoints, preemption
 from stages.lib.run.exits import Diverged, TryAgain
 from stages.lib.run.progress import Progress
 
@@ -160,6 +160,7 @@ class LoraTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any
     ) -> torch.Tensor:
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
+        failpoints.reach("train.bin")
         preemption.check()
         self.first.look(inputs)
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
@@ -172,6 +173,7 @@ class LoraTrainer(Trainer):
 
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
         """The held-out loss on the first held-out rows, without keeping logits."""
+        failpoints.reach("train.evaluate")
         share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
         limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
         bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)

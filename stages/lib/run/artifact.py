@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.lib.run import preemption
+from stages.lib.run import failpoints, preemption
 from stages.lib.run.exits import BadData, CannotWrite, from_os_error
 
 MANIFEST = "manifest.json"
@@ -79,6 +79,7 @@ class Draft:
 
     def __enter__(self) -> "Draft":
         with writing(self.path):
+            failpoints.reach("publish.begin")
             retire(self.path)
             self.path.mkdir(parents=True)
         return self
@@ -96,6 +97,7 @@ class Draft:
         """
         name = name or source.name
         with writing(self.path):
+            failpoints.reach("publish.file")
             self._entries[name] = _copy(source, self.path / name)
 
     @contextlib.contextmanager
@@ -115,8 +117,11 @@ class Draft:
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         with writing(self.path):
+            failpoints.reach("publish.manifest")
             write(self.path / MANIFEST, content)
+            failpoints.reach("publish.written")
             _flush_folder(self.path)
+            failpoints.reach("publish.done")
         self._whole = whole
         return Artifact(self.path, whole)
 
@@ -136,6 +141,7 @@ class Stream:
         """
         with writing(self._path):
             self._file.write(block)
+            failpoints.reach("publish.block")
         self._hashed.update(block)
         self._size += len(block)
 
@@ -175,6 +181,7 @@ def retire(target: Path) -> None:
     """Remove an artifact: its manifest first, so that what remains half-way is debris."""
     if target.is_dir():
         (target / MANIFEST).unlink(missing_ok=True)
+        failpoints.reach("retire.manifest")
         shutil.rmtree(target)
 
 

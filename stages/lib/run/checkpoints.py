@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact
+from stages.lib.run import artifact, failpoints
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import BadData, TryAgain
 from stages.lib.run.progress import say
@@ -53,6 +53,7 @@ def prune(run_dir: Path, keep: Artifact) -> None:
     kept = {c.path for c in [*whole[-KEEP:], _best(whole)]}
     for _, path in _steps(run_dir / "checkpoints"):
         if path not in kept and path != keep.path:
+            failpoints.reach("checkpoint.prune")
             artifact.retire(path)
 
 
@@ -115,8 +116,10 @@ def save(
     """
     name = f"checkpoints/step-{number:08d}"
     if artifact.load(run.folder / name) is None:  # write-once
+        failpoints.reach("checkpoint.save")
         made = run.publish(
             name, source, inputs, {"step": number, "held_out_loss": held_out_loss} | facts
         )
+        failpoints.reach("checkpoint.saved")
         prune(run.folder, made)
     shutil.rmtree(source)

@@ -76,6 +76,11 @@ def keep_compiled() -> None:
                 os.environ.setdefault(variable, str(folder))
 
 
+def failpoints() -> str:
+    """Where this process is to fail; see `failpoints`."""
+    return os.environ.get("FAILPOINTS", "")
+
+
 def scratch_parent() -> Path:
     """The local folder that holds unfinished work."""
     return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())

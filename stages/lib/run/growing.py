@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact, preemption
+from stages.lib.run import artifact, failpoints, preemption
 from stages.lib.run.artifact import MANIFEST, Artifact, Draft, retire, writing
 
 DRAFT = "draft.json"
@@ -94,6 +94,7 @@ class Growing(Draft):
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with preemption.deferred(), writing(self.file):
             try:
+                failpoints.reach("grow.line")
                 self._append(line)
             except OSError as error:
                 if error.errno not in NO_APPEND or self._rewritten:

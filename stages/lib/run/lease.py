@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import preemption
+from stages.lib.run import failpoints, preemption
 from stages.lib.run.artifact import writing
 from stages.lib.run.exits import InUse
 from stages.lib.run.progress import say
@@ -86,6 +86,7 @@ def _stands_still(path: Path, holder: dict[str, Any]) -> bool:
 
 def _create(path: Path, own: dict[str, Any]) -> bool:
     with writing(path):
+        failpoints.reach("lease.take")
         try:
             with path.open("x") as file:
                 file.write(json.dumps(own))
@@ -151,6 +152,7 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
         stop.set()
         thread.join()
         with contextlib.suppress(InUse, OSError):
+            failpoints.reach("lease.release")
             _check_ours(path, own)
             path.unlink(missing_ok=True)
 
@@ -159,6 +161,7 @@ def _rewrite(path: Path, text: str) -> None:
     """Replace the holder file in one go where the mount can; a beat that fails is made up by the next."""
     beside = path.with_suffix(".beat")
     try:
+        failpoints.reach("lease.beat")
         beside.write_text(text)
         os.replace(beside, path)
     except OSError:

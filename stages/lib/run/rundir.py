@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, growing, lease, settings
+from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -267,6 +267,7 @@ class Run:
             (self.folder / "error.json").unlink(missing_ok=True)
             parent = environment.scratch_parent()
             with artifact.writing(parent):
+                failpoints.reach("scratch")
                 parent.mkdir(parents=True, exist_ok=True)
                 scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
             with scratch as folder:

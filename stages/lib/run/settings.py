@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import environment, preemption, progress
+from stages.lib.run import environment, failpoints, preemption, progress
 from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -80,6 +80,7 @@ class Stage(click.Command):
         outcome.stage = ctx.info_name
         outcome.run_dir = ctx.params.get("run_dir")
         preemption.listen()
+        failpoints.arm()
         environment.quiet_libraries()
         environment.keep_compiled()
         progress.start(str(ctx.info_name))
