@@ -12,7 +12,7 @@ from stages.lib.data import wanted
 from stages.lib.report import gate as gates
 from stages.lib.run import options
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.rundir import Run, run_options, versions
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
 
@@ -105,28 +105,34 @@ def evaluate(
         alive = health.check(tuned, made.path, golden, precision, first)
         rows = prepared.Part(data.path / "held_out.arrow")
         lengths = [data.metrics["length_quantiles"][share] for share in ("0", "1")]
-        sums = measure.held_out(tuned, precision, rows, lengths, made.metrics["bin_tokens"])
         speaker = answer.Speaker(
             tuned, precision, tokens, chat_format.stops, max_new_tokens, Sampling(seed=seed)
         )
-        said = measure.spoken(speaker, prompts)
-        held_out = comparison.Conversations(sums, rows.numbers, rows.lengths, rows.sources)
         names = [source["name"] for source in data.metrics["sources"]]
         made_of = run.made_of(inputs, {"train": made, "prepare-data": data})
-        result = comparison.compare(
-            held_out, names, questions, said, chat_format.marks(), seed, made_of
-        ) | {"health": alive}
-        if umpire:
-            result["judge"] = judge.ask(umpire, result["answers"])
-        if chosen:
-            chat = tasks.Chat(chat_format.continued, chat_format.stops) if benchmark_chat else None
-            result["benchmarks"] = harness.run(
-                tuned, tokens, precision, chosen, benchmark_limit, chat
+        made_on = {"device": load.describe_device(), "versions": versions()}
+        with run.parts("evaluation", inputs | made_on) as parts:
+            sums = measure.held_out(
+                tuned, precision, rows, lengths, made.metrics["bin_tokens"], parts.of
             )
-        result["gate"] = gates.judge(result, gate)
-        comparison.write(result, scratch)
-        metrics = comparison.metrics(result)
-        run.publish("evaluation", scratch, inputs, metrics, device=load.describe_device())
+            said = measure.spoken(speaker, prompts, parts.of)
+            held_out = comparison.Conversations(sums, rows.numbers, rows.lengths, rows.sources)
+            result = comparison.compare(
+                held_out, names, questions, said, chat_format.marks(), seed, made_of
+            ) | {"health": alive}
+            if umpire:
+                result["judge"] = judge.ask(umpire, result["answers"], parts.of)
+            if chosen:
+                chat = (
+                    tasks.Chat(chat_format.continued, chat_format.stops) if benchmark_chat else None
+                )
+                result["benchmarks"] = harness.run(
+                    tuned, tokens, precision, chosen, benchmark_limit, chat, parts.of
+                )
+            result["gate"] = gates.judge(result, gate)
+            comparison.write(result, scratch)
+            metrics = comparison.metrics(result)
+            run.publish("evaluation", scratch, inputs, metrics, device=made_on["device"])
     click.echo(
         "\n".join([comparison.table_of(result), *scores.tables(result), "", result["sentence"]])
     )

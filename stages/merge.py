@@ -67,7 +67,7 @@ def merge(
         inputs["base"] = base.identity()
 
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import combining, merging
+        from stages.lib.model import combining, load, merging
 
         tokens = Tokens(base.folder)
         chat_format = _format(parts, base, tokens)
@@ -78,12 +78,18 @@ def merge(
         job = merging.Merge(base, folded, made.metrics["base_precision"], merge_base, chosen)
         out = scratch / "merged"
         out.mkdir()
-        with run.draft("merged", sum(job.sizes.values())) as draft:
-            job.write(out, draft.move)
-            exact = job.check(draft.path)
-            report = {"weights": exact} | job.prove(draft.path, rows, merge_most_kl)
-            report["answers"] = job.answers(
-                draft.path, prompts, chat_format.stops.ids, tokens.decode
+        made_on = {"device": load.describe_device(), "versions": versions()}
+        with (
+            run.parts("merged", inputs | made_on) as done,
+            run.draft("merged", sum(job.sizes.values()), done) as draft,
+        ):
+            job.write(out, draft.move, draft.holds)
+            of = f"of {draft.digest}"  # what is proven of these files holds for no others
+            stops = chat_format.stops.ids
+            report = {"weights": done.of(f"weights {of}", lambda: job.check(draft.path))}
+            report |= done.of(f"texts {of}", lambda: job.prove(draft.path, rows, merge_most_kl))
+            report["answers"] = done.of(
+                f"answers {of}", lambda: job.answers(draft.path, prompts, stops, tokens.decode)
             )
             metrics = merging.summary(report)
             (out / merging.REPORT).write_text(json.dumps(report, indent=1) + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stages.lib.model.tasks import Chat, Tasks, quiet
+from stages.lib.run.parts import Done, afresh
 
 # The harness' own, so that a number here is the number there.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -14,14 +15,15 @@ RESAMPLED = 1000  # times, for the error of what is no mean
 
 
 def run(
-    tuned: Any, tokens: Any, precision: str, tasks: Tasks, limit: int | None, chat: Chat | None
-) -> dict[str, Any]:
+    tuned: Any, tokens: Any, precision: str, tasks: Tasks, limit: int | None, chat: Chat | None,
+    done: Done = afresh,
+) -> dict[str, Any]:  # fmt: skip
     """Ask the tasks of both sides.
 
     Args:
         tuned: the model with its adapter. tasks: from `stages.lib.model.tasks.prepare`.
         limit: documents of each task; None is all.
-        chat: to put them as conversations in the format of the training data.
+        chat: to put them as conversations in the format of the training data. done: see `Parts.of`.
 
     Returns:
         `harness` (its version), `limit`, `chat`, `seeds`; `truncated`: requests that lost their beginning;
@@ -33,7 +35,7 @@ def run(
     from stages.lib.model.harness import Harness
 
     with quiet():
-        harness = Harness(tuned, tokens, precision, chat)
+        harness = Harness(tuned, tokens, precision, chat, done)
         for task in tasks["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)

@@ -1,6 +1,9 @@
 """EleutherAI's harness over a model in memory: with our precision, batches, chat format and signals."""
 
 import copy
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,11 +14,13 @@ from lm_eval.models.huggingface import HFLM
 from stages.lib.model import load
 from stages.lib.model.tasks import Chat
 from stages.lib.run import preemption
+from stages.lib.run.parts import Done, afresh
 from stages.lib.run.progress import Progress
 
 # Logits of a forward pass: their log-probabilities are fp32, 1 GiB and 256 MiB.
 MOST_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 26}
 GENERATED_AT_ONCE = 16
+PART = 1024  # requests, whose answers are kept together
 
 
 class Finished:
@@ -36,13 +41,16 @@ class Harness(HFLM):
 
     Args:
         tuned: the peft model. tokens: see `stages.lib.data.tokens.Tokens`. chat: to put tasks as conversations.
+        done: see `Parts.of`.
 
     Attributes:
         side: `base` or `tuned`, for the log. truncated: requests so far that lost their beginning, as they were
         longer than the model's context.
     """
 
-    def __init__(self, tuned: Any, tokens: Any, precision: str, chat: Chat | None) -> None:
+    def __init__(
+        self, tuned: Any, tokens: Any, precision: str, chat: Chat | None, done: Done = afresh
+    ) -> None:
         super().__init__(
             pretrained=tuned,
             tokenizer=copy.deepcopy(tokens.fast),
@@ -51,7 +59,7 @@ class Harness(HFLM):
             softmax_dtype=torch.float32,
             mixed_precision_dtype=_autocast_dtype(precision),
         )
-        self.chat = chat
+        self.chat, self.done = chat, done
         self.side, self.truncated = "base", 0
         width = max(len(self.tokenizer), getattr(self.config, "vocab_size", 1))
         self.tokens_at_once = MOST_LOGITS[load.device().type] // width
@@ -64,7 +72,8 @@ class Harness(HFLM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Log-probability of each continuation, and whether it is what the model would say."""
-        return self._counted(super().loglikelihood, requests)
+        found = self._counted(super().loglikelihood, requests)
+        return [tuple(one) for one in found]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Log-probability of each text."""
@@ -75,10 +84,24 @@ class Harness(HFLM):
         said = self._counted(super().generate_until, requests)
         return [self._until(text) for text in said]
 
-    def _counted(self, ask: Callable[..., Any], requests: Sequence[Any]) -> Any:
+    def _counted(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+        before, found = self.truncated, []
         with Progress(len(requests), "requests") as progress:
             self.cache_hook = Finished(progress, self.side)
-            return ask(requests, disable_tqdm=True)
+            for begin in range(0, len(requests), PART):
+                some = requests[begin : begin + PART]
+                name = f"{ask.__name__} of {_digest(some)}, {self.side}"
+                part = self.done(name, functools.partial(self._answered, ask, some))
+                before += part["truncated"]
+                found += part["answers"]
+                progress.update(len(found), side=self.side)
+        self.truncated = before
+        return found
+
+    def _answered(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> dict[str, Any]:
+        before = self.truncated
+        answers = ask(requests, disable_tqdm=True)
+        return {"answers": answers, "truncated": self.truncated - before}
 
     def _until(self, text: str) -> str:
         for stop in self.chat.stops.texts if self.chat else ():
@@ -135,6 +158,11 @@ class Harness(HFLM):
             return self.chat.render(chat_history)
         *before, last = chat_history
         return self.chat.render(before) + last["content"]
+
+
+def _digest(requests: Sequence[Any]) -> str:
+    asked = [request.args for request in requests]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _autocast_dtype(precision: str) -> torch.dtype | None:

@@ -1,6 +1,8 @@
 """Base against tuned, in one load: the adapter switched off and on."""
 
+import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,46 +13,63 @@ from stages.lib.model.loss import Rows
 from stages.lib.model.said import Answer
 from stages.lib.model.scoring import Scorer, Sums
 from stages.lib.run.exits import GateFailed
+from stages.lib.run.parts import Done, afresh
 from stages.lib.run.progress import Progress, say
 
 SIDES = ("base", "tuned")
 
 
 def held_out(
-    tuned: Any, precision: str, rows: Rows, lengths: Sequence[int], tokens: int
+    tuned: Any, precision: str, rows: Rows, lengths: Sequence[int], tokens: int, done: Done = afresh
 ) -> dict[str, Sums]:
     """Each held-out row's sums of both sides.
 
     Args:
-        tuned, precision, lengths, tokens: see `Scorer`.
+        tuned, precision, lengths, tokens: see `Scorer`. done: see `Parts.of`.
 
     Raises:
         GateFailed: a loss is not finite.
     """
     if not len(rows):
         return {side: Sums.of(torch.zeros(0, 4)) for side in SIDES}
-    found = {}
     scorer = Scorer(tuned, precision, np.array(lengths), tokens)
     with scorer, Progress(2 * int(rows.lengths.sum()), "tokens") as progress:
-        for side in SIDES:
-            found[side] = scorer.sums(rows, side == "tuned", progress.advance)
-            if not np.isfinite(found[side].nll).all():
+
+        def read(side: str) -> list[list[float]]:
+            sums = scorer.sums(rows, side == "tuned", progress.advance)
+            if not np.isfinite(sums.nll).all():
                 raise GateFailed(
                     f"the held-out loss of the {side} model is not finite; train again"
                 )
-    return found
+            return sums.lists()
+
+        return {
+            side: Sums.from_lists(done(f"held-out rows, {side}", functools.partial(read, side)))
+            for side in SIDES
+        }
 
 
-def spoken(speaker: Speaker, prompts: Sequence[Sequence[int]]) -> dict[str, list[Answer]]:
-    """Each side's answers to all prompts, token ids each, in the prompts' order."""
+def spoken(
+    speaker: Speaker, prompts: Sequence[Sequence[int]], done: Done = afresh
+) -> dict[str, list[Answer]]:
+    """Each side's answers to all prompts, token ids each, in the prompts' order.
+
+    Args:
+        done: see `Parts.of`.
+    """
     found = {}
     with Progress(2 * len(prompts), "answers") as progress:
-        for side in SIDES:
+
+        def speak(side: str) -> list[dict[str, Any]]:
             said = {}
             for place, answer in speaker.each(prompts, adapted=side == "tuned"):
-                said[place] = answer
+                said[place] = asdict(answer)
                 progress.advance(1)
-            found[side] = [said[place] for place in range(len(prompts))]
+            return [said[place] for place in range(len(prompts))]
+
+        for side in SIDES:
+            said = done(f"answers, {side}", functools.partial(speak, side))
+            found[side] = [Answer(**one) for one in said]
     for remark in speaker.remarks:
         say(remark)
     return found

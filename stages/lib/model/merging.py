@@ -60,11 +60,14 @@ class Merge:
             for name, count in published.elements.items()
         }
 
-    def write(self, folder: Path, done: Callable[[Path], object]) -> None:
+    def write(
+        self, folder: Path, done: Callable[[Path], object], there: Callable[[str], bool]
+    ) -> None:
         """Write its weights in shards.
 
         Args:
             folder: for a shard at a time. done: is given each when it is whole, and may take it away.
+            there: whether a shard of this name is whole already.
 
         Raises:
             GateFailed: a weight is not finite.
@@ -83,7 +86,7 @@ class Merge:
                 progress.advance(1)
                 return found
 
-            shards.write(self.sizes, tensor, folder, done)
+            shards.write(self.sizes, tensor, folder, done, there)
 
     def check(self, written: Path) -> dict[str, Any]:
         """Hold each written weight against base plus adapters; see `exact.check`."""

@@ -45,6 +45,16 @@ class Sums:
         nll, hits, tokens, bad = total.cpu().numpy().T
         return cls(np.where(bad > 0, np.nan, nll / UNIT), hits.copy(), tokens.copy())
 
+    def lists(self) -> list[list[float]]:
+        """As JSON holds them, where all are finite."""
+        return [self.nll.tolist(), self.hits.tolist(), self.tokens.tolist()]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[float]]) -> "Sums":
+        """What `lists` was made of."""
+        nll, hits, tokens = lists
+        return cls(np.array(nll), np.array(hits, np.int64), np.array(tokens, np.int64))
+
 
 class Scorer:
     """A tuned model that reads rows, quick where that is known. As a context it leaves the model as it was.

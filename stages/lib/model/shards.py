@@ -72,13 +72,13 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 def write(
     sizes: Mapping[str, int], tensor: Callable[[str], torch.Tensor], folder: Path,
-    done: Callable[[Path], object],
+    done: Callable[[Path], object], there: Callable[[str], bool] = lambda file: False,
 ) -> None:  # fmt: skip
     """Write tensors into shards of at most `LARGEST` bytes (but for a larger tensor), and their index.
 
     Args:
         sizes: bytes of each tensor by its name. tensor: makes one. done: is given each file when it is whole,
-            and may take it away.
+            and may take it away. there: whether a file of this name is finished already.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -91,9 +91,10 @@ def write(
     where: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _save({name: tensor(name) for name in names}, folder / file)
         where |= dict.fromkeys(names, file)
-        done(folder / file)
+        if not there(file):
+            _save({name: tensor(name) for name in names}, folder / file)
+            done(folder / file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

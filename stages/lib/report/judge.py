@@ -3,6 +3,7 @@
 Each pair is put twice, the order swapped, as judges lean to a place. A verdict counts where both orders agree.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 from stages.lib.report.table import table
 from stages.lib.run import environment, extras, preemption
 from stages.lib.run.exits import BadSetting, NoPermission, TryAgain
+from stages.lib.run.parts import Done, afresh
 from stages.lib.run.progress import Progress
 
 PROMPT = """Two assistants answered the same question. Judge which answer is better: correct first, then \
@@ -173,11 +175,12 @@ def verdict(reply: str) -> str | None:
     return found[1].lower() if found else None
 
 
-def ask(judge: Judge, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def ask(judge: Judge, answers: Sequence[dict[str, Any]], done: Done = afresh) -> dict[str, Any]:
     """Which side answers better.
 
     Args:
         answers: each with `question`, `reference` (or None), `base` and `tuned` with their `text`.
+        done: see `Parts.of`.
 
     Returns:
         `model`, `url`, `prompt`, `sampling`; `pairs`: how many; `identical`: pairs with one text, which are not
@@ -189,9 +192,9 @@ def ask(judge: Judge, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     verdicts: list[list[str | None] | None] = []
     with Progress(len(answers), "pairs") as progress:
-        for entry in answers:
-            same = entry["base"]["text"] == entry["tuned"]["text"]
-            verdicts.append(None if same else [_one(judge, entry, o) for o in (SIDES, SIDES[::-1])])
+        for number, entry in enumerate(answers):
+            both = functools.partial(_both, judge, entry)
+            verdicts.append(done(f"verdicts on answer {number}", both))
             progress.advance(1)
     asked = [pair for pair in verdicts if pair is not None]
     usable = [pair for pair in asked if None not in pair]
@@ -216,6 +219,12 @@ def ask(judge: Judge, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "verdicts": verdicts,
         "prompt": PROMPT,
     }
+
+
+def _both(judge: Judge, entry: dict[str, Any]) -> list[str | None] | None:
+    if entry["base"]["text"] == entry["tuned"]["text"]:
+        return None
+    return [_one(judge, entry, order) for order in (SIDES, SIDES[::-1])]
 
 
 def _one(judge: Judge, entry: dict[str, Any], order: tuple[str, ...]) -> str | None:

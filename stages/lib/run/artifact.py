@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from stages.lib.run import failpoints, preemption
-from stages.lib.run.exits import BadData, CannotWrite, from_os_error
+from stages.lib.run.exits import BadData, CannotWrite, TryAgain, from_os_error
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -36,9 +37,7 @@ class Artifact:
     @property
     def digest(self) -> str:
         """sha256 over the names, sizes and hashes of the files: the identity of the contents."""
-        return hashlib.sha256(
-            json.dumps(self.manifest["files"], sort_keys=True).encode()
-        ).hexdigest()
+        return _digest(self.manifest["files"])
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -63,31 +62,80 @@ def writing(path: Path) -> Iterator[None]:
         raise known from error
 
 
+def _digest(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+class Notes(Protocol):
+    """What a stopped attempt has finished; see `stages.lib.run.parts.Parts`."""
+
+    known: dict[str, Any]
+
+    def keep(self, name: str, result: Any) -> Any: ...
+
+
 class Draft:
     """An artifact that grows file by file in its place, and has no manifest until it is whole.
 
-    As a context it retires what was not finished: a full disk is not helped by half an artifact.
+    As a context it retires what was not finished: a full disk is not helped by half an artifact. With notes it
+    leaves its finished files to the same command, where that is to go on.
 
     Args:
-        target: its folder; what was there is retired.
+        target: its folder; what was there is retired, but for files that the notes say are finished.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.path = target
-        self._entries: dict[str, dict[str, Any]] = {}
+    def __init__(self, target: Path, notes: Notes | None = None) -> None:
+        self.path, self._notes = target, notes
+        self._entries: dict[str, dict[str, Any]] = self._finished() if notes else {}
         self._whole: dict[str, Any] | None = None
 
     def __enter__(self) -> "Draft":
         with writing(self.path):
             failpoints.reach("publish.begin")
-            retire(self.path)
-            self.path.mkdir(parents=True)
+            if not self._entries:
+                retire(self.path)
+                self.path.mkdir(parents=True)
+            for path in self.path.rglob("*"):
+                if path.is_file() and path.relative_to(self.path).as_posix() not in self._entries:
+                    path.unlink()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._whole is None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        goes_on = self._notes is not None and isinstance(error, TryAgain)
+        if self._whole is None and not goes_on:
             with contextlib.suppress(OSError):
                 retire(self.path)
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        """The files of a stopped attempt that are as its notes say."""
+        assert self._notes is not None
+        if (self.path / MANIFEST).is_file():
+            return {}
+        there = {name: self.path / name for name in self._notes.known}
+        return {
+            name: self._notes.known[name]
+            for name, path in there.items()
+            if path.is_file() and sha256(path) == self._notes.known[name]["sha256"]
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files so far."""
+        return sum(entry["bytes"] for entry in self._entries.values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the names, sizes and hashes of its files so far."""
+        return _digest(self._entries)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is finished already."""
+        return name in self._entries
 
     def take(self, source: Path, name: str | None = None) -> None:
         """Copy a finished file into it, under its own name or another.
@@ -98,7 +146,10 @@ class Draft:
         name = name or source.name
         with writing(self.path):
             failpoints.reach("publish.file")
+            (self.path / name).unlink(missing_ok=True)
             self._entries[name] = _copy(source, self.path / name)
+        if self._notes is not None:
+            self._notes.keep(name, self._entries[name])
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator["Stream"]:

@@ -17,7 +17,8 @@ import click
 from stages import __version__
 from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.exits import CannotRun, Missing
+from stages.lib.run.exits import CannotRun, CannotWrite, Missing, StageError, TryAgain
+from stages.lib.run.parts import Parts
 from stages.lib.run.progress import say
 
 MADE_BY = {
@@ -215,19 +216,41 @@ class Run:
         return artifact.publish(source, made.path, made.manifest | changed)
 
     @contextlib.contextmanager
-    def draft(self, name: str, size: int) -> Iterator[artifact.Draft]:
+    def draft(self, name: str, size: int, parts: Parts | None = None) -> Iterator[artifact.Draft]:
         """Publish `name` file by file, where it is too large to lie finished elsewhere.
 
         Args:
             size: bytes that it will have.
+            parts: where its finished files are noted; those of a stopped attempt stay then.
 
         Raises:
             CannotWrite: there is no room for it.
         """
         self.check_held()
-        artifact.check_room(self.folder, size)
-        with artifact.Draft(self.folder / name) as draft:
+        draft = artifact.Draft(self.folder / name, parts)
+        artifact.check_room(self.folder, size - draft.size)
+        with draft:
             yield draft
+
+    @contextlib.contextmanager
+    def parts(self, name: str, inputs: dict[str, Any]) -> Iterator[Parts]:
+        """What was finished of `name` before this attempt, if it is made alike; it goes once that is there.
+
+        An end that the same command would meet again leaves nothing of it.
+        """
+        folder = self.folder / f"{name}.parts"
+        there = artifact.load(self.folder / name)
+        if self.force and there and not self.differences(there, inputs):
+            artifact.retire(folder)  # of the one that is to be made again
+        with self.growing(folder.name, "parts.jsonl", inputs) as grown:
+            try:
+                yield Parts(grown)
+            except (TryAgain, CannotWrite):
+                raise
+            except StageError:
+                artifact.retire(folder)
+                raise
+        artifact.retire(folder)
 
     @contextlib.contextmanager
     def growing(self, name: str, file: str, inputs: dict[str, Any]) -> Iterator[growing.Growing]:

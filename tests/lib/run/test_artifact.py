@@ -1,10 +1,12 @@
 """Whole or absent, with a manifest that tells."""
 
+import contextlib
 import errno
 import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,3 +138,38 @@ def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
     artifact.check_room(tmp_path, 1)
     with pytest.raises(CannotWrite, match=r"GiB free, 1073741824\.0 are needed"):
         artifact.check_room(tmp_path, 2**60)
+
+
+class Notes:
+    """As `Parts` keeps them."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Any] = {"a result": 3}
+
+    def keep(self, name: str, result: Any) -> Any:
+        self.known[name] = result
+
+
+def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) -> None:
+    target, notes = tmp_path / "large", Notes()
+    for number in range(3):
+        (tmp_path / f"part{number}").write_text(f"part {number}")
+    with contextlib.suppress(TryAgain), artifact.Draft(target, notes) as draft:
+        draft.take(tmp_path / "part0")
+        draft.take(tmp_path / "part1")
+        raise TryAgain("stopped")
+    (target / "part1").write_text("part X")
+    (target / "part2").write_text("cut o")
+    with artifact.Draft(target, notes) as draft:
+        assert (draft.holds("part0"), draft.holds("part1"), draft.size) == (True, False, 6)
+        assert sorted(path.name for path in target.iterdir()) == ["part0"]
+        draft.take(tmp_path / "part1")
+        draft.take(tmp_path / "part2")
+        made = draft.finish({"metrics": {}})
+    found = artifact.load(target, deep=True)
+    assert found
+    assert found.digest == draft.digest == made.digest
+    with contextlib.suppress(OSError), artifact.Draft(target, notes) as draft:
+        assert not draft.holds("part0")  # a published one is made anew
+        raise OSError("other")
+    assert not target.exists()
