@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
+from stages.lib.run import artifact, environment, failpoints, growing, lease, settings, volume
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -141,8 +141,9 @@ class Run:
             replace: whether one that was made otherwise may be made anew without --force.
 
         Raises:
-            CannotRun: it was made otherwise, and is too dear to replace unasked.
+            CannotRun: it was made otherwise, and is too dear to replace unasked. CannotWrite: no stage made it.
         """
+        artifact.check_ours(self.folder / name)
         if self.force:
             return None
         found = artifact.load(self.folder / name, deep=self.deep)
@@ -225,7 +226,7 @@ class Run:
             CannotWrite: there is no room for it.
         """
         self.check_held()
-        artifact.check_room(self.folder, size)
+        volume.check_room(self.folder, size)
         with artifact.Draft(self.folder / name) as draft:
             yield draft
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.run import artifact
+from stages.lib.run import artifact, volume
 from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 
 FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
@@ -133,6 +133,6 @@ def test_a_draft_is_there_when_it_is_finished_and_gone_when_it_is_not(tmp_path: 
 
 
 def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
-    artifact.check_room(tmp_path, 1)
-    with pytest.raises(CannotWrite, match=r"GiB free, 1073741824\.0 are needed"):
-        artifact.check_room(tmp_path, 2**60)
+    volume.check_room(tmp_path, 1)
+    with pytest.raises(CannotWrite, match=r"GiB free, 1073741824.0 GiB are needed"):
+        volume.check_room(tmp_path, 2**60)
