@@ -7,6 +7,7 @@ mounts alike. A folder without a valid manifest is debris.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from stages.lib.run import failpoints, preemption, volume
 from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 from stages.lib.run.progress import say
 from stages.lib.run.volume import Stream
+from stages.lib.run.volume import check_room as check_room
 from stages.lib.run.volume import sha256 as sha256
+from stages.lib.run.volume import write as write
 from stages.lib.run.volume import writing as writing
 
 MANIFEST = "manifest.json"
@@ -144,7 +147,7 @@ def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
             left of it. TryAgain: the volume failed more than once, or gives back other bytes.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
-    volume.check_room(target, volume.size(source) - volume.size(target))
+    check_room(target, volume.size(source) - volume.size(target))
     with preemption.deferred(), Draft(target) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
@@ -213,6 +216,19 @@ def load(folder: Path, deep: bool = False) -> Artifact | None:
     for name, entry in manifest["files"].items():
         _check(folder, name, entry, deep)
     return Artifact(folder, manifest)
+
+
+def fetch(made: Artifact, folder: Path) -> Path:
+    """Copy an artifact to local files, and nothing that lies beside them.
+
+    Raises:
+        BadData: what is read is not what its manifest says.
+    """
+    for name, entry in made.manifest["files"].items():
+        source, target = made.path / name, folder / name
+        if volume.patiently(functools.partial(volume.copy, source, target)) != entry:
+            raise BadData(f"{source} is corrupt: it is not what its manifest says")
+    return folder
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

@@ -112,7 +112,8 @@ class Growing(Draft):
     def _rewrite(self) -> None:
         """Begin the file anew with its whole lines; from now on it is flushed at the end alone."""
         if self._handle:
-            self._handle.close()
+            with contextlib.suppress(OSError):  # says once more that nothing was added
+                self._handle.close()
         content = self.file.read_bytes()[: self._size]
         self._handle, self._rewritten = self.file.open("wb", buffering=0), True
         self._append(content)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings, volume
+from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -226,7 +226,7 @@ class Run:
             CannotWrite: there is no room for it.
         """
         self.check_held()
-        volume.check_room(self.folder, size)
+        artifact.check_room(self.folder, size)
         with artifact.Draft(self.folder / name) as draft:
             yield draft
 

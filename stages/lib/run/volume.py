@@ -223,5 +223,9 @@ def check_room(folder: Path, needed: int) -> None:
 
 def sha256(path: Path) -> str:
     """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def attempt() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return patiently(attempt)
