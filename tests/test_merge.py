@@ -309,7 +309,7 @@ def test_what_cannot_be_added_up(
     assert not (tmp_path / "out" / "merged").exists()
 
 
-@pytest.mark.parametrize(("size", "sentence"), [("5m", "GiB free"), ("11m", "No space left")])
+@pytest.mark.parametrize(("size", "sentence"), [("5m", "MiB free"), ("11m", "No space left")])
 def test_a_full_disk_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, size: str, sentence: str
 ) -> None:

@@ -7,24 +7,27 @@ mounts alike. A folder without a valid manifest is debris.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol
 
-from stages.lib.run import failpoints, preemption
-from stages.lib.run.exits import BadData, CannotWrite, TryAgain, from_os_error
+from stages.lib.run import failpoints, preemption, volume
+from stages.lib.run.exits import BadData, CannotWrite, TryAgain
+from stages.lib.run.progress import say
+from stages.lib.run.volume import Stream
+from stages.lib.run.volume import check_room as check_room
+from stages.lib.run.volume import sha256 as sha256
+from stages.lib.run.volume import write as write
+from stages.lib.run.volume import writing as writing
 
 MANIFEST = "manifest.json"
+DRAFT = "draft.json"  # beside what is unfinished: what it is made from, or nothing
 SCHEMA = 1
-BLOCK = 4 << 20
-# What mounts say that know no fsync; close is then all that they promise.
-NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,6 @@ class Artifact:
     def setting(self, variable: str) -> Any:
         """The value that a setting had when this was made."""
         return self.manifest["settings"][variable]["value"]
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write below `path` into the sentence and exit code that it deserves."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        known = from_os_error(error, writing=True)
-        if known is None:
-            raise
-        raise known from error
 
 
 def _digest(files: dict[str, Any]) -> str:
@@ -92,24 +82,11 @@ class Draft:
     def __enter__(self) -> "Draft":
         with writing(self.path):
             failpoints.reach("publish.begin")
-            if not self._entries:
-                retire(self.path)
-                self.path.mkdir(parents=True)
-            for path in self.path.rglob("*"):
-                if path.is_file() and path.relative_to(self.path).as_posix() not in self._entries:
-                    path.unlink()
+            if self._entries:
+                self._drop_unfinished()
+            else:
+                self._begin(b"")
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        goes_on = self._notes is not None and isinstance(error, TryAgain)
-        if self._whole is None and not goes_on:
-            with contextlib.suppress(OSError):
-                retire(self.path)
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """The files of a stopped attempt that are as its notes say."""
@@ -122,6 +99,34 @@ class Draft:
             for name, path in there.items()
             if path.is_file() and sha256(path) == self._notes.known[name]["sha256"]
         }
+
+    def _drop_unfinished(self) -> None:
+        for path in self.path.rglob("*"):
+            if path.is_file() and path.relative_to(self.path).as_posix() not in self._entries:
+                path.unlink()
+        volume.write(self.path / DRAFT, b"")
+
+    def _begin(self, made_from: bytes) -> None:
+        check_ours(self.path)
+        retire(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            volume.patiently(lambda: volume.write(self.path / DRAFT, made_from))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        goes_on = self._notes is not None and isinstance(error, TryAgain)
+        if self._whole is None and not goes_on:
+            with contextlib.suppress(OSError):
+                retire(self.path)
 
     @property
     def size(self) -> int:
@@ -144,17 +149,21 @@ class Draft:
             CannotWrite: the disk is full or the folder cannot be written.
         """
         name = name or source.name
-        with writing(self.path):
+
+        def attempt() -> dict[str, Any]:
             failpoints.reach("publish.file")
             (self.path / name).unlink(missing_ok=True)
-            self._entries[name] = _copy(source, self.path / name)
+            return volume.copy(source, self.path / name)
+
+        with writing(self.path):
+            self._entries[name] = volume.patiently(attempt)
         if self._notes is not None:
             self._notes.keep(name, self._entries[name])
 
     @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator["Stream"]:
+    def stream(self, name: str) -> Iterator[Stream]:
         """A new file of it, for what is too large to lie finished elsewhere; it is in it once it is closed."""
-        with _stream(self.path / name) as stream:
+        with volume.stream(self.path / name) as stream:
             yield stream
         self._entries[name] = stream.entry()
 
@@ -168,132 +177,81 @@ class Draft:
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         with writing(self.path):
-            failpoints.reach("publish.manifest")
-            write(self.path / MANIFEST, content)
+            volume.patiently(lambda: self._seal(content))
             failpoints.reach("publish.written")
-            _flush_folder(self.path)
+            volume.flush_folder(self.path)
+            with contextlib.suppress(OSError):  # beside a manifest it means nothing
+                (self.path / DRAFT).unlink(missing_ok=True)
             failpoints.reach("publish.done")
         self._whole = whole
         return Artifact(self.path, whole)
 
-
-class Stream:
-    """A file that is written in sequence, and hashed in passing."""
-
-    def __init__(self, path: Path, file: Any) -> None:
-        self._path, self._file = path, file
-        self._hashed, self._size = hashlib.sha256(), 0
-
-    def write(self, block: bytes | memoryview) -> None:
-        """Append some bytes.
-
-        Raises:
-            CannotWrite: the disk is full.
-        """
-        with writing(self._path):
-            self._file.write(block)
-            failpoints.reach("publish.block")
-        self._hashed.update(block)
-        self._size += len(block)
-
-    def entry(self) -> dict[str, Any]:
-        """Size and hash as a manifest has them."""
-        return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
+    def _seal(self, content: bytes) -> None:
+        path = self.path / MANIFEST
+        failpoints.reach("publish.manifest")
+        path.unlink(missing_ok=True)  # what an attempt has left
+        volume.write(path, content)
+        if path.read_bytes() != content:
+            raise OSError(errno.EIO, "it reads otherwise than it was written", str(path))
 
 
 def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
-        CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
+        CannotWrite: there is no room, and what was there stays; or `target` cannot be written, and nothing is
+            left of it. TryAgain: the volume failed more than once, or gives back other bytes.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
+    check_room(target, volume.size(source) - volume.size(target))
     with preemption.deferred(), Draft(target) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
-        return draft.finish(manifest)
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        CannotWrite: the disk of a folder has less than `size` bytes free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise CannotWrite(
-            f"{folder} has {free / 2**30:.1f} GiB free, {size / 2**30:.1f} are needed; free some, or choose "
-            "another RUN_DIR"
-        )
+        made = draft.finish(manifest)
+    try:
+        load(target, deep=True)
+    except BadData as error:
+        retire(target)
+        raise TryAgain(f"the volume lost what was written: {error.message}") from error
+    return made
 
 
 def retire(target: Path) -> None:
-    """Remove an artifact: its manifest first, so that what remains half-way is debris."""
+    """Remove an artifact: its manifest first, so that what remains half-way is debris, and marked as ours."""
     if target.is_dir():
+        for name in foreign(target):
+            say(f"removing {target / name}, which no manifest names, with what lies beside it")
+        with contextlib.suppress(OSError):  # where the disk is full, removing must do without
+            (target / DRAFT).touch()
         (target / MANIFEST).unlink(missing_ok=True)
         failpoints.reach("retire.manifest")
-        shutil.rmtree(target)
+        volume.remove(target, last=DRAFT)
 
 
-def _mode() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def check_ours(target: Path) -> None:
+    """Refuse to replace a folder that no stage made: somebody's data may lie in it.
+
+    Raises:
+        CannotWrite: it holds files, and neither a manifest nor the mark of an unfinished artifact.
+    """
+    if not target.is_dir() or any((target / name).exists() for name in (MANIFEST, DRAFT)):
+        return
+    names = sorted(path.name for path in target.iterdir())
+    if names:
+        raise CannotWrite(
+            f"{target} holds {names[0]!r} and no manifest: no stage made it, and it would be removed; move it "
+            "away, or choose another RUN_DIR"
+        )
 
 
-def _copy(source: Path, target: Path) -> dict[str, Any]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, _stream(target) as write:
-        while block := read.read(BLOCK):
-            write.write(block)
-    return write.entry()
-
-
-@contextlib.contextmanager
-def _stream(target: Path) -> Iterator[Stream]:
-    with target.open("xb") as file:
-        yield Stream(target, file)
-        with writing(target):
-            _flush(file)
-    set_mode(target)
-
-
-def write(target: Path, content: bytes) -> None:
-    """Write a new small file."""
-    with target.open("xb") as write:
-        write.write(content)
-        _flush(write)
-    set_mode(target)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    sync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        sync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync(handle: int) -> None:
-    """Have what was written to an open file on the disk, where the mount can say so."""
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_SYNC:  # a failed write shows here, and only once
-            raise
-
-
-def set_mode(path: Path) -> None:
-    """Give a file the mode that the umask says."""
-    # safetensors creates 0600; the next stage may run under another UID.
-    with contextlib.suppress(PermissionError, NotImplementedError):
-        path.chmod(_mode())
+def foreign(folder: Path) -> list[str]:
+    """Files in an artifact that its manifest does not name."""
+    manifest = _manifest(folder / MANIFEST)
+    if manifest is None:
+        return []
+    own = {*manifest["files"], MANIFEST, DRAFT}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in own)
 
 
 def load(folder: Path, deep: bool = False) -> Artifact | None:
@@ -303,21 +261,39 @@ def load(folder: Path, deep: bool = False) -> Artifact | None:
         BadData: a file is missing, has another size or hash, or a name leaves the folder.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    manifest = volume.patiently(lambda: _manifest(path))
+    if manifest is None:
         return None
-    try:
-        manifest = json.loads(path.read_bytes())
-        files = dict(manifest["files"])
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError):
-        return None  # cut off while it was written: debris
-    if schema != SCHEMA:
+    if manifest["schema"] != SCHEMA:
         raise BadData(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; run its stage again with --force"
+            f"{path} has schema {manifest['schema']}, this version reads {SCHEMA}; run its stage again with "
+            "--force"
         )
-    for name, entry in files.items():
+    for name, entry in manifest["files"].items():
         _check(folder, name, entry, deep)
     return Artifact(folder, manifest)
+
+
+def fetch(made: Artifact, folder: Path) -> Path:
+    """Copy an artifact to local files, and nothing that lies beside them.
+
+    Raises:
+        BadData: what is read is not what its manifest says.
+    """
+    for name, entry in made.manifest["files"].items():
+        source, target = made.path / name, folder / name
+        if volume.patiently(functools.partial(volume.copy, source, target)) != entry:
+            raise BadData(f"{source} is corrupt: it is not what its manifest says")
+    return folder
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What a manifest says, or None where there is none or it was cut off while it was written."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest | {"files": dict(manifest["files"]), "schema": manifest["schema"]}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
@@ -337,9 +313,3 @@ def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
         raise BadData(
             f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}"
         )
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

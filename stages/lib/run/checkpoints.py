@@ -1,6 +1,7 @@
 """Checkpoints of a run: written once, verified, kept by step number and never by file time."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from stages.lib.run.progress import say
 from stages.lib.run.rundir import Run
 
 KEEP = 2
+SETTLE_SECONDS = 1.0
+_slowest = 0.0
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -23,15 +26,25 @@ def verified(run_dir: Path, deep: bool = True) -> list[Artifact]:
     found = []
     for _, path in _steps(run_dir / "checkpoints"):
         try:
-            checkpoint = artifact.load(path, deep=deep)
+            checkpoint = _load(path, deep)
         except BadData as error:
             say(f"passing over a corrupt checkpoint: {error.message}")
             continue
         if checkpoint is None:
             say(f"passing over {path}: it was cut off while it was written")
         else:
+            for name in artifact.foreign(path) if deep else ():
+                say(f"ignoring {path / name}, which its manifest does not name")
             found.append(checkpoint)
     return found
+
+
+def _load(path: Path, deep: bool) -> Artifact | None:
+    try:
+        return artifact.load(path, deep=deep)
+    except BadData:  # a node may see for a while what was there before another one wrote
+        time.sleep(SETTLE_SECONDS)
+        return artifact.load(path, deep=deep)
 
 
 def step(checkpoint: Artifact) -> int:
@@ -46,15 +59,21 @@ def _best(whole: list[Artifact]) -> Artifact:
 
 
 def prune(run_dir: Path, keep: Artifact) -> None:
-    """Remove all but the newest two and the best, once `keep`, the newest, is verified."""
-    if artifact.load(keep.path, deep=True) is None:
-        return
+    """Remove all but the newest two and the best; `keep`, the newest, is verified as it was published."""
     whole = verified(run_dir, deep=False)
     kept = {c.path for c in [*whole[-KEEP:], _best(whole)]}
     for _, path in _steps(run_dir / "checkpoints"):
         if path not in kept and path != keep.path:
-            failpoints.reach("checkpoint.prune")
-            artifact.retire(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove what nobody needs; where that fails, its place on the volume is all that is lost."""
+    try:
+        failpoints.reach("checkpoint.prune")
+        artifact.retire(path)
+    except OSError as error:
+        say(f"{path} is not needed and could not be removed: {error.strerror}; going on")
 
 
 def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
@@ -67,6 +86,10 @@ def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
         CannotRun: the checkpoints belong to other settings or inputs.
     """
     whole = verified(run.folder)
+    if not whole and (there := len(_steps(run.folder / "checkpoints"))):
+        say(
+            f"WARNING: no checkpoint in {run.folder} is whole, of {there}: beginning again at step 0"
+        )
     changed = run.differences(whole[-1], inputs) if whole else []
     if run.force and (changed or (run.folder / "adapter").exists()):
         artifact.retire(run.folder / "adapter")
@@ -76,7 +99,7 @@ def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:
     kept = {checkpoint.path for checkpoint in whole}
     for _, path in _steps(run.folder / "checkpoints"):
         if path not in kept:  # of the run that is replaced, or not whole: its name is needed again
-            artifact.retire(path)
+            _remove(path)
     if not whole:
         return None
     say(f"going on from step {step(whole[-1])}")
@@ -99,7 +122,12 @@ def finished(run_dir: Path, steps: int) -> tuple[Artifact, Artifact]:
 
 def bring(checkpoint: Artifact, scratch: Path) -> Path:
     """A checkpoint as local files."""
-    return Path(shutil.copytree(checkpoint.path, scratch / f"resumed-{step(checkpoint)}"))
+    return artifact.fetch(checkpoint, scratch / f"resumed-{step(checkpoint)}")
+
+
+def expected_seconds() -> float:
+    """What the slowest checkpoint that this process published took; 0 before the first."""
+    return _slowest
 
 
 def save(
@@ -114,12 +142,14 @@ def save(
 
     `facts` are what the rest of the run must keep: the size of its bins, and whether it recomputes.
     """
-    name = f"checkpoints/step-{number:08d}"
+    global _slowest
+    name, began = f"checkpoints/step-{number:08d}", time.monotonic()
     if artifact.load(run.folder / name) is None:  # write-once
         failpoints.reach("checkpoint.save")
         made = run.publish(
             name, source, inputs, {"step": number, "held_out_loss": held_out_loss} | facts
         )
+        _slowest = max(_slowest, time.monotonic() - began)
         failpoints.reach("checkpoint.saved")
         prune(run.folder, made)
     shutil.rmtree(source)

@@ -4,8 +4,11 @@ A user's mistake is a `StageError`: one sentence that names the value, the rule 
 that nobody foresaw keeps its traceback and exits 70. Both leave `error.json` in the run directory.
 """
 
+import contextlib
 import errno
 import json
+import os
+import stat
 import sys
 import traceback
 from pathlib import Path
@@ -89,23 +92,46 @@ class GateFailed(StageError):
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 IN_THE_WAY = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+TOO_MANY = {errno.EMFILE, errno.ENFILE}
 HICCUP = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
     """The stage error that a file-system error amounts to, or None where it is our own fault."""
     where = error.filename or "a file"
+    if error.errno in TOO_MANY:
+        return CannotWrite(
+            f"cannot open {where}: {error.strerror}; raise the limit, as with `ulimit -n 1024`"
+        )
     if error.errno in FULL or (writing and error.errno in IN_THE_WAY):
         return CannotWrite(
-            f"cannot write {where}: {error.strerror}; make room, or choose another RUN_DIR or SCRATCH_DIR"
+            f"cannot write {where}: {error.strerror}{_owner(error)}; make room, or choose another RUN_DIR or "
+            "SCRATCH_DIR"
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return Missing(
-            f"cannot read {where}: {error.strerror}; let this user read it, or run as its owner"
+            f"cannot read {where}: {error.strerror}{_owner(error)}; let this user read it, or run as its owner"
         )
     if error.errno in HICCUP:
         return TryAgain(f"the volume failed at {where}: {error.strerror}; the same command goes on")
     return None
+
+
+def _owner(error: OSError) -> str:
+    """Whose the file is that may not be used, if it is another user's."""
+    if error.errno not in (errno.EACCES, errno.EPERM) or not isinstance(
+        error.filename, (str, Path)
+    ):
+        return ""
+    place = Path(error.filename).absolute()
+    for path in (place, *place.parents):
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if found.st_uid == os.geteuid():
+                return ""
+            mode = stat.S_IMODE(found.st_mode)
+            return f" ({path} belongs to UID {found.st_uid}, mode {mode:04o}; this is UID {os.geteuid()})"
+    return ""
 
 
 class Reported:

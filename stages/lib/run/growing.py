@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact, failpoints, preemption
-from stages.lib.run.artifact import MANIFEST, Artifact, Draft, retire, writing
+from stages.lib.run import artifact, failpoints, preemption, volume
+from stages.lib.run.artifact import DRAFT, MANIFEST, Artifact, Draft, retire, writing
 
-DRAFT = "draft.json"
 SYNC_SECONDS = 5.0
 # What mounts say that only write files anew.
-NO_APPEND = {*artifact.NO_SYNC, errno.EPERM, errno.EACCES, errno.ESPIPE}
+NO_APPEND = {*volume.NO_SYNC, errno.EPERM, errno.EACCES, errno.ESPIPE}
 
 
 def begun(folder: Path) -> Artifact | None:
@@ -55,9 +54,7 @@ class Growing(Draft):
     def __enter__(self) -> "Growing":
         with writing(self.path):
             if not self.goes_on:
-                retire(self.path)
-                self.path.mkdir(parents=True)
-                artifact.write(self.path / DRAFT, json.dumps(self.made_from).encode())
+                self._begin(json.dumps(self.made_from).encode())
             self._open()
         return self
 
@@ -109,13 +106,14 @@ class Growing(Draft):
         while rest:
             rest = rest[self._handle.write(rest) :]
         if not self._rewritten and time.monotonic() - self._synced > SYNC_SECONDS:
-            artifact.sync(self._handle.fileno())
+            volume.sync(self._handle.fileno())
             self._synced = time.monotonic()
 
     def _rewrite(self) -> None:
         """Begin the file anew with its whole lines; from now on it is flushed at the end alone."""
         if self._handle:
-            self._handle.close()
+            with contextlib.suppress(OSError):  # says once more that nothing was added
+                self._handle.close()
         content = self.file.read_bytes()[: self._size]
         self._handle, self._rewritten = self.file.open("wb", buffering=0), True
         self._append(content)
@@ -124,14 +122,12 @@ class Growing(Draft):
         """Write its manifest: now it is there."""
         with preemption.deferred():
             with writing(self.file):
-                artifact.sync(self._handle.fileno())
+                volume.sync(self._handle.fileno())
                 self._handle.close()
-                artifact.set_mode(self.file)
+                volume.set_mode(self.file)
             size = self.file.stat().st_size
             self._entries[self.file.name] = {"bytes": size, "sha256": artifact.sha256(self.file)}
-            made = super().finish(manifest)
-            (self.path / DRAFT).unlink(missing_ok=True)
-            return made
+            return super().finish(manifest)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -142,8 +142,9 @@ class Run:
             replace: whether one that was made otherwise may be made anew without --force.
 
         Raises:
-            CannotRun: it was made otherwise, and is too dear to replace unasked.
+            CannotRun: it was made otherwise, and is too dear to replace unasked. CannotWrite: no stage made it.
         """
+        artifact.check_ours(self.folder / name)
         if self.force:
             return None
         found = artifact.load(self.folder / name, deep=self.deep)
