@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.lib.run import failpoints, preemption
-from stages.lib.run.exits import BadData, CannotWrite, from_os_error
+from stages.lib.run.exits import BadData, CannotWrite, InUse, from_os_error
+from stages.lib.run.holder import ANYONE, Holder
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -69,15 +70,16 @@ class Draft:
     As a context it retires what was not finished: a full disk is not helped by half an artifact.
 
     Args:
-        target: its folder; what was there is retired.
+        target: its folder; what was there is retired. by: who writes.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.path = target
+    def __init__(self, target: Path, by: Holder = ANYONE) -> None:
+        self.path, self.by = target, by
         self._entries: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, Any] | None = None
 
     def __enter__(self) -> "Draft":
+        self.by.check_held()
         with writing(self.path):
             failpoints.reach("publish.begin")
             retire(self.path)
@@ -86,7 +88,8 @@ class Draft:
 
     def __exit__(self, *error: object) -> None:
         if self._whole is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InUse):
+                self.by.check_held()  # it may be another's by now
                 retire(self.path)
 
     def take(self, source: Path, name: str | None = None) -> None:
@@ -96,6 +99,7 @@ class Draft:
             CannotWrite: the disk is full or the folder cannot be written.
         """
         name = name or source.name
+        self.by.check_held()
         with writing(self.path):
             failpoints.reach("publish.file")
             self._entries[name] = _copy(source, self.path / name)
@@ -116,6 +120,7 @@ class Draft:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
+        self.by.check_held()
         with writing(self.path):
             failpoints.reach("publish.manifest")
             write(self.path / MANIFEST, content)
@@ -123,6 +128,7 @@ class Draft:
             _flush_folder(self.path)
             failpoints.reach("publish.done")
         self._whole = whole
+        self.by.progressed()
         return Artifact(self.path, whole)
 
 
@@ -150,14 +156,14 @@ class Stream:
         return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
 
 
-def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
+def publish(source: Path, target: Path, manifest: dict[str, Any], by: Holder = ANYONE) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
         CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
-    with preemption.deferred(), Draft(target) as draft:
+    with preemption.deferred(), Draft(target, by) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
         return draft.finish(manifest)
