@@ -41,11 +41,11 @@ def listen(
         grace: seconds from the first request to the end. limit: seconds from now to the end.
         last_words: told of the end that is forced when these are over, and gives its code; without it none is.
     """
-    global _grace, _lost, _watch
+    global _deferred, _grace, _lost, _watch
     _watch.set()
     _reasons.clear()
     _signals.clear()
-    _grace, _lost, _watch = grace, False, threading.Event()
+    _deferred, _grace, _lost, _watch = 0, grace, False, threading.Event()
     for number in SIGNALS:
         signal.signal(number, _note)
     signal.signal(WAKE, _wake)
@@ -139,6 +139,12 @@ def by_keyboard() -> bool:
         _reasons.clear()
         _signals.clear()
     return only
+
+
+def conclude() -> None:
+    """From here on a signal changes nothing: all that is left is to say how it ended."""
+    global _deferred
+    _deferred += 1
 
 
 @contextlib.contextmanager

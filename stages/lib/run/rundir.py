@@ -24,6 +24,7 @@ from stages.lib.run import (
     growing,
     lease,
     options,
+    preemption,
     settings,
 )
 from stages.lib.run.artifact import Artifact
@@ -263,7 +264,10 @@ class Run:
         with lease.held(self.folder, self.stage, self.attempt.beat) as self.check_held:
             self.attempt.check_held = self.check_held
             with self.attempt, self._scratch() as folder:
-                yield folder
+                try:
+                    yield folder
+                finally:
+                    preemption.conclude()
 
     def progressed(self) -> None:
         """Count what is verified, so that this attempt was not in vain."""

@@ -1,0 +1,213 @@
+"""Stopped at any time and in any way, a stage ends with 75 and the same command goes on."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import run_stages
+from tests.forking import Forking, forking
+from tests.refusals import write_preset
+
+# Four bins a step, four steps, each evaluated and saved.
+RECIPE = {
+    "MAX_LENGTH": 128, "BASE_PRECISION": "fp32", "LORA_RANK": 4, "BATCH_TOKENS": 512,
+    "MICRO_BATCH_TOKENS": 128, "MAX_STEPS": 4, "VALIDATION_FRACTION": 0.1, "MAX_NEW_TOKENS": 4,
+    "OPTIMIZER": "adamw_torch", "RUN_DIR": "run",
+}  # fmt: skip
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STAGES = ("prepare-data", "train")
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    """Prepared data in `prepared`, a finished run in `finished`, and what runs commands beside them."""
+    folder = tmp_path_factory.mktemp("stopping")
+    write_preset(folder / "tiny.env", BASE_MODEL=tiny, DATASET=rows, **RECIPE)
+    with forking(folder) as stages:
+        for stage, name in zip(STAGES, ("prepared", "finished"), strict=True):
+            done = stages("--env-file", "tiny.env", stage)
+            assert done.returncode == 0, done.stderr
+            shutil.copytree(folder / "run", folder / name)
+        shutil.rmtree(folder / "run")
+        yield stages
+
+
+@pytest.fixture
+def run(made: Forking) -> Iterator[Path]:
+    """A run directory that has data, for the commands of a test."""
+    shutil.copytree(made.folder / "prepared", made.folder / "run")
+    yield made.folder / "run"
+    made.end()
+    shutil.rmtree(made.folder / "run")
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "error.json").read_text()))
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((run / "attempts").iterdir())]
+
+
+def train(made: Forking, failpoint: str = "", *args: str, **env: str) -> Any:
+    return made("--env-file", "tiny.env", "train", *args, env=env | {"FAILPOINTS": failpoint})
+
+
+def started(made: Forking, run: Path, *args: str, until: str, **env: str) -> int:
+    """A command that has come so far that a file is there; its process id."""
+    pid = made.start("--env-file", "tiny.env", *args, **env)
+    began = time.monotonic()
+    while not list(run.glob(until)):
+        assert time.monotonic() - began < 60, (made.folder / "stderr").read_text()
+        time.sleep(0.01)
+    return pid
+
+
+@pytest.mark.case("G4", "G5", "G6")
+@pytest.mark.promise("P2", "P3")
+def test_a_stop_anywhere_in_training_and_the_same_command(made: Forking, run: Path) -> None:
+    """In the middle of an accumulation, of an evaluation, of a checkpoint, behind a step, in turn."""
+    for failpoint in ("train.bin=7", "train.evaluate", "publish.block=4", "train.step"):
+        done = train(made, f"{failpoint}:term")
+        assert done.returncode == 75, (failpoint, done.stderr)
+        assert "stopped by SIGTERM" in done.stderr
+        assert not (run / "adapter").exists()
+        assert record(run)["code"] == "stopped"
+    again = train(made)
+    assert again.returncode == 0, again.stderr
+    assert weights(run) == weights(made.folder / "finished")
+    assert not (run / "error.json").exists()
+    assert [attempt["end"] for attempt in attempts(run)] == [0, 75, 75, 75, 75, 0]
+
+
+@pytest.mark.case("G6")
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize(
+    "failpoint",
+    ["publish.begin:term", "publish.manifest:term", "publish.done:term", "lease.release:term"],
+)
+def test_a_stop_while_the_artifact_is_published_comes_too_late(
+    made: Forking, run: Path, failpoint: str
+) -> None:
+    done = made("--env-file", "tiny.env", "prepare-data", "--force", env={"FAILPOINTS": failpoint})
+    assert done.returncode == 0, done.stderr
+    assert not (run / "holder.json").exists()
+    assert "nothing changed" in made("--env-file", "tiny.env", "prepare-data", "--verify").stderr
+
+
+@pytest.mark.case("G8")
+@pytest.mark.promise("P9")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_ends_with_75(made: Forking, run: Path, number: signal.Signals) -> None:
+    pid = started(made, run, "train", "--max-steps", "4000", until="holder.json")
+    time.sleep(0.3)
+    os.kill(pid, number)
+    done = made.wait()
+    assert done.returncode == 75, done.stderr
+    assert f"stopped by {number.name}" in record(run)["message"]
+    assert "Traceback" not in done.stderr
+    assert not (run / "holder.json").exists()
+
+
+@pytest.mark.case("G5")
+@pytest.mark.parametrize(
+    ("stage", "failpoint"),
+    [
+        ("evaluate", "scratch:term"),
+        ("merge", "publish.file:term"),
+        ("merge", "publish.block=2:term"),
+    ],
+)
+def test_the_stages_behind_it_leave_nothing_half_done(
+    made: Forking, run: Path, stage: str, failpoint: str
+) -> None:
+    shutil.copytree(made.folder / "finished", run, dirs_exist_ok=True)
+    done = made("--env-file", "tiny.env", stage, env={"FAILPOINTS": failpoint})
+    assert done.returncode == 75, done.stderr
+    assert not (run / "evaluation").exists()
+    assert not (run / "merged").exists()
+    assert list((made.folder / "scratch").iterdir()) == []
+
+
+@pytest.mark.case("G7")
+def test_a_second_signal_ends_it_at_once(made: Forking, run: Path) -> None:
+    saved = "checkpoints/step-00000002/manifest.json"
+    pid = started(made, run, "train", until=saved, FAILPOINTS="train.bin=9:hang")
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)  # to the process and to its group
+    time.sleep(3.2)
+    os.kill(pid, 0)
+    os.kill(pid, signal.SIGTERM)
+    assert made.wait().returncode == 143
+
+
+@pytest.mark.case("G4", "G7")
+def test_work_that_does_not_stop_is_ended_in_time(made: Forking, run: Path) -> None:
+    pid = started(
+        made, run, "train", until="checkpoints/step-00000002/manifest.json",
+        FAILPOINTS="train.bin=9:hang", GRACE_SECONDS="1",
+    )  # fmt: skip
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    done = made.wait()
+    assert 0.9 < time.monotonic() - began < 5
+    assert done.returncode == 75
+    assert "after 1 seconds the work had not stopped by itself (failpoints.py:" in done.stderr
+    assert record(run)["code"] == "stopped"
+    assert record(run)["attempt"] == attempts(run)[-1]["number"]
+    assert attempts(run)[-1]["end"] == 75
+    again = train(made)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step 2" in again.stderr
+    assert weights(run) == weights(made.folder / "finished")
+
+
+@pytest.mark.promise("P9")
+def test_it_stops_by_itself_before_the_limit(made: Forking, run: Path) -> None:
+    began = time.monotonic()
+    limits = ("--max-runtime", "4s", "--grace-seconds", "1.5")
+    done = train(made, "", "--max-steps", "100000", *limits)
+    assert 2.4 < time.monotonic() - began < 6
+    assert done.returncode == 75, done.stderr
+    assert "MAX_RUNTIME of 4 seconds is near" in record(run)["message"]
+
+
+@pytest.mark.case("G11", "E5")
+def test_a_loop_of_killed_processes_ends(made: Forking, run: Path) -> None:
+    done = train(made, "train.bin=2:kill")
+    assert done.returncode == -signal.SIGKILL
+    left = attempts(run)[-1]
+    assert left["end"] is None
+    for number in range(2, 5):  # as after a quarter of an hour, three times
+        path = run / "attempts" / f"{number:04d}-{left['id']}.json"
+        path.write_text(json.dumps(left | {"number": number, "seconds": 900}))
+    done = train(made)
+    assert done.returncode == 70, done.stderr
+    assert "Traceback" not in done.stderr
+    assert record(run)["code"] == "no-progress"
+    assert "was killed after 15 minutes at" in record(run)["message"]
+    assert train(made).returncode == 0
+
+
+@pytest.mark.case("G12", "A21")
+def test_while_another_stage_is_at_work(made: Forking, run: Path) -> None:
+    started(made, run, "train", until="holder.json", FAILPOINTS="train.bin=2:hang")
+    early = run_stages(made.folder, "--env-file", "tiny.env", "evaluate")
+    assert early.returncode == 66
+    assert f"`train` is at work on it, process {made.pid}" in early.stderr
+    second = run_stages(made.folder, "--env-file", "tiny.env", "prepare-data", "--force")
+    assert second.returncode == 75, second.stderr
+    assert f"in use by train, process {made.pid}" in second.stderr
+    assert record(run)["stage"] == "evaluate"
