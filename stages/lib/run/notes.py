@@ -36,12 +36,8 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def tell(path: Path, record: dict[str, Any], limit: int) -> None:
     """Write a record of at most `limit` bytes, its message cut, to a file that somebody else put there."""
-    over = len(json.dumps(record).encode()) - limit
-    if over > 0:
-        kept = len(record["message"].encode()) - over
-        record = record | {
-            "message": record["message"].encode()[: max(kept, 0)].decode(errors="ignore")
-        }
+    while len(text := json.dumps(record)) > limit and record["message"]:
+        record = record | {"message": record["message"][: len(record["message"]) * 3 // 4]}
     with contextlib.suppress(OSError):
         if path.is_file():
-            path.write_text(json.dumps(record) + "\n")
+            path.write_text(text + "\n")
