@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_stages
+from tests.conftest import clean_environment, run_stages
 from tests.forking import Forking, forking
+from tests.hub_server import Answer, Hub
 from tests.refusals import write_preset
 
 # Four bins a step, four steps, each evaluated and saved.
@@ -211,3 +214,111 @@ def test_while_another_stage_is_at_work(made: Forking, run: Path) -> None:
     assert second.returncode == 75, second.stderr
     assert f"in use by train, process {made.pid}" in second.stderr
     assert record(run)["stage"] == "evaluate"
+
+
+# --- processes of their own ------------------------------------------------------------------------
+
+
+def alone(folder: Path, *args: str, **env: str) -> "subprocess.Popen[str]":
+    """A command in a process, and a group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", "--env-file", "tiny.env", *args],
+        env=clean_environment(folder) | env, cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.case("G1")
+def test_a_signal_before_anybody_listens(made: Forking, run: Path) -> None:
+    process = alone(made.folder, "prepare-data", "--force")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGTERM, said
+    assert (run / "data" / "manifest.json").is_file()
+
+
+@pytest.mark.case("G2")
+def test_a_signal_while_torch_is_imported(made: Forking, run: Path) -> None:
+    process = alone(made.folder, "train", PYTHONPROFILEIMPORTTIME="1")
+    assert process.stderr
+    for line in process.stderr:
+        if "torch.torch_version" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stderr.read()
+    assert process.wait() == 75, said
+    assert "Traceback" not in said
+    assert record(run)["code"] == "stopped"
+    assert not list(run.glob("checkpoints/*"))
+
+
+class Slow(Hub):
+    """A hub that is in the middle of a file for ever."""
+
+    def answer(self, method: str, path: str, token: str | None, sent: bytes = b"") -> Answer:
+        if method == "GET" and path.endswith("/tokenizer.json"):
+            (Path(self.store.name) / "asked").touch()
+            time.sleep(60)
+        return super().answer(method, path, token, sent)
+
+
+@pytest.mark.case("G3")
+def test_a_signal_during_a_download(made: Forking, run: Path, tiny: Path) -> None:
+    with Slow() as hub:
+        hub.push("models", "owner/tiny", tiny)
+        process = alone(
+            made.folder, "prepare-data", "--force", "--base-model", "owner/tiny",
+            "--grace-seconds", "2", HF_ENDPOINT=hub.url,
+        )  # fmt: skip
+        while not (Path(hub.store.name) / "asked").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+        assert process.returncode == 75, said
+        assert time.monotonic() - began < 6
+    assert record(run)["code"] == "stopped"
+
+
+@pytest.mark.case("G9")
+def test_a_signal_to_the_whole_group_leaves_no_process(
+    made: Forking, run: Path, tmp_path: Path
+) -> None:
+    """As `tini -g` sends it, while worker processes tokenise."""
+    text = "### Human: " + "word " * 400 + "### Assistant: " + "and so on " * 100
+    with (tmp_path / "many.jsonl").open("w") as file:
+        for number in range(4000):
+            file.write(json.dumps({"text": f"{text} {number}."}) + "\n")
+    process = alone(
+        made.folder, "prepare-data", "--force", "--dataset", str(tmp_path / "many.jsonl")
+    )
+    began = time.monotonic()
+    while len(group(process.pid)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+    workers, scratch = group(process.pid), list((made.folder / "scratch").iterdir())
+    assert scratch
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75, said
+    assert "leaked" not in said
+    assert "Traceback" not in said
+    while left := group(process.pid):
+        assert time.monotonic() - began < 60, left
+    assert len(workers) >= 3
+    assert len(list((made.folder / "scratch").iterdir())) < len(scratch)
+
+
+def group(number: int) -> list[int]:
+    """The processes of a group that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, own = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(own) == number and state != "Z":
+            found.append(int(path.parent.name))
+    return found

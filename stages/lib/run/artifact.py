@@ -88,7 +88,7 @@ class Draft:
 
     def __exit__(self, *error: object) -> None:
         if self._whole is None:
-            with contextlib.suppress(OSError, InUse):
+            with preemption.deferred(), contextlib.suppress(OSError, InUse):
                 self.by.check_held()  # it may be another's by now
                 retire(self.path)
 

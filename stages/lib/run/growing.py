@@ -73,7 +73,7 @@ class Growing(Draft):
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError, InUse):
+        with preemption.deferred(), contextlib.suppress(OSError, InUse):
             self._handle.close()
             self.by.check_held()
             if self._whole is None and not self.entries:

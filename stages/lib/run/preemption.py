@@ -21,6 +21,7 @@ REPEAT_SECONDS = 3.0  # a scheduler sends two, to the process and to its group; 
 GRACE_SECONDS = 25.0  # batch services kill 30 seconds after the signal
 LAST_WORDS_SECONDS = 1.0  # the volume may be what keeps the work from stopping
 TICK_SECONDS = 0.2
+SWALLOWED_SECONDS = 1.0  # some libraries catch whatever is raised in them: it is raised again
 LastWords = Callable[[StageError], int]
 _reasons: list[str] = []
 _signals: list[signal.Signals] = []
@@ -60,11 +61,16 @@ def listen(
 def _watch_over(
     over: threading.Event, stop_at: float | None, told: str, last_words: LastWords
 ) -> None:
+    woken = 0.0
     while not over.wait(TICK_SECONDS):
-        if stop_at and time.monotonic() >= stop_at and not _reasons:
+        now = time.monotonic()
+        if stop_at and now >= stop_at and not _reasons:
             request(told)
         if left() == 0:
             _end(last_words)
+        if _reasons and now - max(_asked, woken) > SWALLOWED_SECONDS:
+            woken = now
+            _wake_main()
 
 
 def _end(last_words: LastWords) -> None:
@@ -109,8 +115,13 @@ def request(reason: str, lost: bool = False) -> None:
         _asked = time.monotonic()
     _reasons.append(reason)
     _lost = _lost or lost
+    if threading.current_thread() is not threading.main_thread():
+        _wake_main()
+
+
+def _wake_main() -> None:
     main = threading.main_thread()
-    if main.ident and threading.current_thread() is not main and signal.getsignal(WAKE) is _wake:
+    if main.ident and signal.getsignal(WAKE) is _wake:
         signal.pthread_kill(main.ident, WAKE)
 
 

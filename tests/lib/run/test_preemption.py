@@ -29,6 +29,19 @@ with preemption.deferred():
     time.sleep(60)
 """
 
+# As libraries do round what they take for a failure of the network.
+DULL = """
+print("at work", flush=True)
+try:
+    time.sleep(60)
+except Exception:
+    print("swallowed", flush=True)
+try:
+    time.sleep(60)
+except Exception:
+    sys.exit(75)
+"""
+
 
 @pytest.fixture(autouse=True)
 def listening() -> Iterator[None]:
@@ -126,6 +139,19 @@ def test_a_signal_behind_the_limit_is_the_first_one() -> None:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped, match="MAX_RUNTIME"):
             preemption.check()
+
+
+@pytest.mark.case("G2", "G3")
+def test_a_stop_that_is_swallowed_is_raised_again() -> None:
+    code = DEAF.replace("listen(0.5", "listen(20").partition("with preemption.deferred")[0] + DULL
+    process = subprocess.Popen([sys.executable, "-c", code, ""], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert (process.returncode, said) == (75, "swallowed\n")
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.case("G7")
