@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from stages.lib.run.settings import Setting
+from stages.lib.run.values import Number
+from stages.train import train as train_stage
 from tests.conftest import clean_environment, run_stages
 from tests.forking import Forking, forking
 from tests.hub_server import Answer, Hub
@@ -32,7 +36,8 @@ STAGES = ("prepare-data", "train")
 def made(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
     """Prepared data in `prepared`, a finished run in `finished`, and what runs commands beside them."""
     folder = tmp_path_factory.mktemp("stopping")
-    write_preset(folder / "tiny.env", BASE_MODEL=tiny, DATASET=rows, **RECIPE)
+    shutil.copytree(tiny, folder / "base")
+    write_preset(folder / "tiny.env", BASE_MODEL="base", DATASET=rows, **RECIPE)
     with forking(folder) as stages:
         for stage, name in zip(STAGES, ("prepared", "finished"), strict=True):
             done = stages("--env-file", "tiny.env", stage)
@@ -214,6 +219,115 @@ def test_while_another_stage_is_at_work(made: Forking, run: Path) -> None:
     assert second.returncode == 75, second.stderr
     assert f"in use by train, process {made.pid}" in second.stderr
     assert record(run)["stage"] == "evaluate"
+
+
+# --- what is finished ------------------------------------------------------------------------------
+
+
+@pytest.mark.case("G10")
+@pytest.mark.promise("P10")
+def test_a_finished_stage_is_done_within_two_seconds(made: Forking, run: Path) -> None:
+    """Each of the five, and export; as a service that retries a finished job has it."""
+    shutil.copytree(made.folder / "finished", run, dirs_exist_ok=True)
+    (made.folder / "asked.txt").write_text("Hi\nWhy?\n")
+    commands = [
+        ("prepare-data",), ("train",), ("evaluate",), ("generate", "--prompts-file", "asked.txt"),
+        ("merge",), ("export",),
+    ]  # fmt: skip
+    for command in commands:
+        done = made("--env-file", "tiny.env", *command)
+        assert done.returncode == 0, done.stderr
+    records = attempts(run)
+    for command in commands:
+        began = time.perf_counter()
+        done = run_stages(
+            made.folder, "--env-file", "tiny.env", *command, env={"PYTHONPROFILEIMPORTTIME": "1"}
+        )
+        seconds = time.perf_counter() - began
+        assert done.returncode == 0, done.stderr
+        assert "finished and nothing changed" in done.stderr
+        assert " torch\n" not in done.stderr
+        assert seconds < 2, command
+    assert attempts(run) == records
+    assert not (run / "error.json").exists()
+
+
+# --- what is another run ---------------------------------------------------------------------------
+
+
+def another(option: Setting) -> str:
+    """A value that an option of train may have, and does not have in RECIPE."""
+    own = {"BASE_MODEL": "other", "LORA_TARGETS": "k_proj", "INIT_ADAPTER": "finished/adapter"}
+    if isinstance(option.type, click.Choice):
+        now = RECIPE.get(option.variable, option.default)
+        return next(choice for choice in option.type.choices if choice != now)
+    if isinstance(option.type, Number):
+        low = max(option.type.low, option.type.above or 0, 0)
+        return str(int(low) + 5 if option.type.kind is int else low + 0.123)
+    return own[option.variable]
+
+
+IDENTITY = [p for p in train_stage.params if isinstance(p, Setting) and p.identity]
+HUBS_OWN = "BASE_REVISION"  # a folder has none
+
+
+def test_every_setting_of_train_is_looked_at() -> None:
+    assert {p.variable for p in IDENTITY} >= {*RECIPE} & {p.envvar for p in train_stage.params} - {
+        "RUN_DIR"
+    }
+    assert len(IDENTITY) >= 20
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize("option", [p for p in IDENTITY if p.variable != HUBS_OWN], ids=str)
+def test_a_run_of_other_settings_is_refused(made: Forking, run: Path, option: Setting) -> None:
+    if not (made.folder / "other").exists():
+        shutil.copytree(made.folder / "base", made.folder / "other")
+    shutil.copytree(made.folder / "finished", run, dirs_exist_ok=True)
+    done = train(made, "", option.opts[0], another(option))
+    assert done.returncode == 78, done.stderr
+    assert f"{option.variable} was " in done.stderr
+    assert f"is now {another(option)}" in done.stderr
+    assert record(run)["code"] == "cannot-run"
+    assert weights(run) == weights(made.folder / "finished")
+
+
+@pytest.mark.promise("P5")
+def test_checkpoints_of_other_settings_are_refused_with_every_key(made: Forking, run: Path) -> None:
+    shutil.copytree(made.folder / "finished", run, dirs_exist_ok=True)
+    shutil.rmtree(run / "adapter")
+    kept = sorted(run.rglob("checkpoints/*/manifest.json"))
+    changed = [p for p in IDENTITY if p.variable not in (HUBS_OWN, "BASE_MODEL", "INIT_ADAPTER")]
+    done = train(made, "", *(word for p in changed for word in (p.opts[0], another(p))))
+    assert done.returncode == 78, done.stderr
+    for option in changed:
+        assert f"{option.variable} was " in done.stderr
+    assert sorted(run.rglob("checkpoints/*/manifest.json")) == kept
+
+
+@pytest.mark.promise("P5")
+def test_other_data_or_another_tokenizer_under_the_same_names_is_refused(
+    made: Forking, run: Path
+) -> None:
+    shutil.copytree(made.folder / "finished", run, dirs_exist_ok=True)
+    fewer = made("--env-file", "tiny.env", "prepare-data", "--max-rows", "20")
+    assert fewer.returncode == 0, fewer.stderr
+    done = train(made)
+    assert done.returncode == 78, done.stderr
+    assert "input data is another" in done.stderr
+    path = made.folder / "base" / "tokenizer_config.json"
+    content = path.read_text()
+    path.write_text(content.replace("{", '{"added": 1,', 1))
+    shutil.rmtree(run / "data")
+    shutil.copytree(made.folder / "finished" / "data", run / "data")
+    done = train(made)
+    shutil.rmtree(run / "adapter")
+    unfinished = train(made)
+    path.write_text(content)
+    for end, words in ((done, "input base is another"), (unfinished, "its input base was")):
+        assert end.returncode == 78, end.stderr
+        assert words in end.stderr
+        print(end.stderr)
 
 
 # --- processes of their own ------------------------------------------------------------------------
