@@ -105,6 +105,7 @@ WRONG_FLAGS = [
 ]
 
 
+@pytest.mark.promise("P9")
 @pytest.mark.parametrize(
     ("args", "words"), WRONG_FLAGS, ids=[" ".join(args) for args, _ in WRONG_FLAGS]
 )
@@ -325,6 +326,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.promise("P9")
 @pytest.mark.parametrize("below", ["", "deeper/run"])
 def test_file_in_the_way_of_the_run_directory(
     stages: Stages, tmp_path: Path, tiny: Path, rows: Path, below: str
@@ -432,6 +434,8 @@ def test_full_scratch(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) ->
 # --- what one stage leaves to the next -------------------------------------------------------------
 
 
+@pytest.mark.case("G13")
+@pytest.mark.promise("P9")
 @pytest.mark.parametrize(
     ("stage", "first"),
     [("train", "prepare-data"), ("evaluate", "train"), ("generate", "train"), ("merge", "train"),
@@ -451,6 +455,7 @@ def test_stage_before_its_input(
     )
 
 
+@pytest.mark.promise("P9")
 def test_cut_off_file_in_data(stages: Stages, preset: Path, run: Path) -> None:
     path = run / "data" / "train.arrow"
     os.truncate(path, path.stat().st_size - 8)
@@ -508,6 +513,7 @@ def test_debris_is_no_input(stages: Stages, preset: Path, run: Path) -> None:
     assert "run `prepare-data` first" in sentences(result)[0]
 
 
+@pytest.mark.case("G14")
 def test_stale_data(stages: Stages, tmp_path: Path, tiny: Path, rows: Path, run: Path) -> None:
     other = write_preset(
         tmp_path / "other.env", BASE_MODEL=tiny, DATASET=rows, **(RECIPE | {"MAX_LENGTH": 32})
@@ -519,6 +525,8 @@ def test_stale_data(stages: Stages, tmp_path: Path, tiny: Path, rows: Path, run:
     assert "although it is stale: MAX_LENGTH was 64, is now 32" in accepted.stderr
 
 
+@pytest.mark.case("G14")
+@pytest.mark.promise("P5")
 def test_adapter_made_from_other_data(stages: Stages, preset: Path, run: Path) -> None:
     again = stages("--env-file", preset, "prepare-data", "--seed", "1", "--run-dir", run)
     assert again.returncode == 0, again.stderr
@@ -526,18 +534,21 @@ def test_adapter_made_from_other_data(stages: Stages, preset: Path, run: Path) -
     refused(result, 78, str(run / "adapter"), "stale", "data was", "is now", "--allow-stale")
 
 
+@pytest.mark.promise("P5", "P9")
 def test_run_that_belongs_to_other_settings(stages: Stages, preset: Path, run: Path) -> None:
     result = stages("--env-file", preset, "train", "--rank", "8", "--run-dir", run)
     refused(result, 78, str(run / "adapter"), "LORA_RANK was 4, is now 8", "--force")
     assert whole(run / "adapter")
 
 
+@pytest.mark.promise("P5")
 def test_checkpoints_that_belong_to_other_settings(stages: Stages, preset: Path, run: Path) -> None:
     shutil.rmtree(run / "adapter")
     result = stages("--env-file", preset, "train", "--rank", "8", "--run-dir", run)
     refused(result, 78, "step-", "LORA_RANK was 4, is now 8", "--force")
 
 
+@pytest.mark.promise("P5")
 def test_data_of_another_base(
     stages: Stages, preset: Path, data_run: Path, bases: dict[str, Path]
 ) -> None:

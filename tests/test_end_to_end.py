@@ -62,9 +62,11 @@ def test_every_artifact_is_whole_and_says_what_made_it(smoke: Path) -> None:
         for file, entry in made["files"].items():
             assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == entry["sha256"]
     assert not list((smoke / "scratch").iterdir())
-    assert {p.name for p in (smoke / "run").iterdir()} == {*FILES, "checkpoints"}
+    assert {p.name for p in (smoke / "run").iterdir()} == {*FILES, "checkpoints", "attempts"}
 
 
+@pytest.mark.case("G10")
+@pytest.mark.promise("P10")
 def test_a_rerun_with_nothing_changed_says_so_within_two_seconds(smoke: Path) -> None:
     for stage in STAGES:
         began = time.perf_counter()
@@ -161,6 +163,7 @@ def test_evaluation_holds_both_sides(smoke: Path) -> None:
     assert found["sentence"] in text
 
 
+@pytest.mark.promise("P9")
 def test_a_gate_that_is_not_met_ends_with_82_again_and_again(smoke: Path) -> None:
     """What was measured stays, is not measured anew, and says what became of the gate."""
     folder = smoke / "run" / "evaluation"
@@ -411,6 +414,7 @@ def uninterrupted(
     return recipe, (folder / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.promise("P2", "P9")
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_started_again_it_is_the_same_adapter(
     prepared: Path,
@@ -534,6 +538,8 @@ def test_without_held_out_rows_it_trains_and_evaluate_says_so(
     assert "VALIDATION_FRACTION" in done.stderr
 
 
+@pytest.mark.case("G14")
+@pytest.mark.promise("P5")
 def test_data_that_was_edited_since_is_not_trained_on(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -345,6 +345,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_talk(made: Forking) -> None:
     os.close(theirs)
 
 
+@pytest.mark.case("G8")
 def test_a_talk_ends_on_sigterm(made: Forking) -> None:
     ours, theirs = pty.openpty()
     pid = made.start("--env-file", "tiny.env", "chat", terminal=os.ttyname(theirs))

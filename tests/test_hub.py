@@ -208,6 +208,7 @@ def prepare(stages: Stages, tmp_path: Path, rows: Path, **env: str) -> Result:
     return stages("prepare-data", "--run-dir", tmp_path / "run", env=chosen)
 
 
+@pytest.mark.promise("P9")
 @pytest.mark.parametrize(
     "closed", [False, True], ids=["gate before the files", "gate before the list"]
 )

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from stages.lib.run import options
 from stages.lib.run.artifact import load
 from stages.lib.run.exits import Missing
-from stages.lib.run.rundir import MADE_BY, run_dir_option
+from stages.lib.run.rundir import MADE_BY
 from stages.lib.run.settings import Stage
 
 
 @click.command("report", cls=Stage)
-@run_dir_option
+@options.run_dir
 @click.pass_context
 def report(ctx: click.Context, run_dir: Any) -> None:
     """Print what a run came to."""

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from stages.lib.run import failpoints, preemption, volume
-from stages.lib.run.exits import BadData, CannotWrite, TryAgain
+from stages.lib.run.exits import BadData, CannotWrite, InUse, TryAgain
+from stages.lib.run.holder import ANYONE, Holder
 from stages.lib.run.progress import say
 from stages.lib.run.volume import Stream
 from stages.lib.run.volume import check_room as check_room
@@ -72,14 +73,16 @@ class Draft:
 
     Args:
         target: its folder; what was there is retired, but for files that the notes say are finished.
+        by: who writes.
     """
 
-    def __init__(self, target: Path, notes: Notes | None = None) -> None:
-        self.path, self._notes = target, notes
+    def __init__(self, target: Path, by: Holder = ANYONE, notes: Notes | None = None) -> None:
+        self.path, self.by, self._notes = target, by, notes
         self._entries: dict[str, dict[str, Any]] = self._finished() if notes else {}
         self._whole: dict[str, Any] | None = None
 
     def __enter__(self) -> "Draft":
+        self.by.check_held()
         with writing(self.path):
             failpoints.reach("publish.begin")
             if self._entries:
@@ -125,7 +128,8 @@ class Draft:
     ) -> None:
         goes_on = self._notes is not None and isinstance(error, TryAgain)
         if self._whole is None and not goes_on:
-            with contextlib.suppress(OSError):
+            with preemption.deferred(), contextlib.suppress(OSError, InUse):
+                self.by.check_held()  # it may be another's by now
                 retire(self.path)
 
     @property
@@ -155,6 +159,7 @@ class Draft:
             (self.path / name).unlink(missing_ok=True)
             return volume.copy(source, self.path / name)
 
+        self.by.check_held()
         with writing(self.path):
             self._entries[name] = volume.patiently(attempt)
         if self._notes is not None:
@@ -176,6 +181,7 @@ class Draft:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
+        self.by.check_held()
         with writing(self.path):
             volume.patiently(lambda: self._seal(content))
             failpoints.reach("publish.written")
@@ -184,6 +190,7 @@ class Draft:
                 (self.path / DRAFT).unlink(missing_ok=True)
             failpoints.reach("publish.done")
         self._whole = whole
+        self.by.progressed()
         return Artifact(self.path, whole)
 
     def _seal(self, content: bytes) -> None:
@@ -195,7 +202,7 @@ class Draft:
             raise OSError(errno.EIO, "it reads otherwise than it was written", str(path))
 
 
-def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
+def publish(source: Path, target: Path, manifest: dict[str, Any], by: Holder = ANYONE) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
@@ -204,7 +211,7 @@ def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
     check_room(target, volume.size(source) - volume.size(target))
-    with preemption.deferred(), Draft(target) as draft:
+    with preemption.deferred(), Draft(target, by) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
         made = draft.finish(manifest)

@@ -1,20 +1,28 @@
 """Exit codes and the one place that turns an error into one.
 
 A user's mistake is a `StageError`: one sentence that names the value, the rule and the remedy. Everything
-that nobody foresaw keeps its traceback and exits 70. Both leave `error.json` in the run directory.
+that nobody foresaw keeps its traceback and exits 70. Both leave `error.json` in the run directory. What the
+codes mean is in `endings`.
 """
 
 import contextlib
 import errno
-import json
 import os
 import stat
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import click
+
+from stages.lib.run import endings, notes
+
+TERMINATION_LOG = Path("/dev/termination-log")  # what Kubernetes shows of a container that ended
+ERROR = "error.json"
+TERMINATION_BYTES = 4000  # of the 4096 that it keeps
 
 
 class StageError(click.ClickException):
@@ -54,10 +62,22 @@ class TryAgain(StageError):
     exit_code, slug = 75, "try-again"
 
 
+class Stopped(TryAgain):
+    """A signal or MAX_RUNTIME ended it with its state safe."""
+
+    slug = "stopped"
+
+
 class InUse(TryAgain):
     """Another process writes here; that run's own record is left as it is."""
 
     slug = "in-use"
+
+
+class NoProgress(StageError):
+    """The same command was tried again and again, and got nowhere."""
+
+    slug = "no-progress"
 
 
 class NoPermission(StageError):
@@ -134,14 +154,50 @@ def _owner(error: OSError) -> str:
     return ""
 
 
+def classify(error: BaseException) -> click.ClickException | None:
+    """The error with an exit code that `error` stands for, or None where it is our own fault."""
+    if not isinstance(error, (NoProgress, InUse)) and (stopped := _stopped(error)):
+        return stopped
+    if isinstance(error, click.ClickException):
+        return error
+    if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
+        return Stopped("stopped from the keyboard; the same command goes on")
+    if isinstance(error, OSError):
+        return from_os_error(error)
+    # By name, so that a run that never needed torch does not import it here.
+    if type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(
+            f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
+            "or choose BASE_PRECISION=nf4"
+        )
+    return None
+
+
+def _stopped(error: BaseException | None) -> Stopped | None:
+    """The stop that a library took for a failure of its own, as some catch all that is raised in them."""
+    while error is not None and not isinstance(error, Stopped):
+        # What we raise while a stop is dealt with has a reason of its own, unless it names the stop as that.
+        error = error.__cause__ or (None if isinstance(error, StageError) else error.__context__)
+    return error
+
+
+class Attempt(Protocol):
+    """What keeps the record of this process, see `attempts`."""
+
+    number: int
+
+    def ended(self, error: BaseException | None) -> click.ClickException | None: ...
+
+
 class Reported:
     """Context manager round the whole program: what leaves it becomes an exit code and `error.json`.
 
-    The running command fills in `stage` and `run_dir`, so that a failure is recorded beside its run.
+    The running command fills in `stage`, `run_dir` and `attempt`, so that a failure is recorded beside its run.
     """
 
     stage: str | None = None
     run_dir: Path | None = None
+    attempt: Attempt | None = None
 
     def __enter__(self) -> "Reported":
         return self
@@ -153,6 +209,7 @@ class Reported:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
+            self._forget()
             return
         if isinstance(error, click.exceptions.Exit):
             sys.exit(error.exit_code)
@@ -160,48 +217,49 @@ class Reported:
             return
         if isinstance(error, click.UsageError) and error.ctx and "run_dir" in error.ctx.params:
             self.stage, self.run_dir = error.ctx.info_name, error.ctx.params["run_dir"]
-        known = self.classify(error)
+        known = classify(error)
         if known is None:
             traceback.print_exception(error)
         elif isinstance(known, StageError):
             self._say(known)
         else:
             known.show()
-        self._record(known, error)
-        sys.exit(70 if known is None else known.exit_code)
+        sys.exit(self._record(known, error))
 
-    @staticmethod
-    def classify(error: BaseException) -> click.ClickException | None:
-        """The error with an exit code that `error` stands for, or None where it is our own fault."""
-        if isinstance(error, click.ClickException):
-            return error
-        if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
-            return TryAgain("stopped from the keyboard; the same command goes on")
-        if isinstance(error, OSError):
-            return from_os_error(error)
-        # By name, so that a run that never needed torch does not import it here.
-        if type(error).__name__ == "OutOfMemoryError":
-            return OutOfMemory(
-                f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
-                "or choose BASE_PRECISION=nf4"
-            )
-        return None
+    def last_words(self, error: StageError) -> int:
+        """Say and record an end that cannot wait for the work to stop; its exit code."""
+        known = self.attempt.ended(error) if self.attempt else error
+        assert isinstance(known, StageError)
+        self._say(known)
+        return self._record(known, error)
 
     def _say(self, error: StageError) -> None:
         prefix = f"{self.stage}: " if self.stage else ""
         click.echo(f"{prefix}{error.format_message()} [exit {error.exit_code}]", err=True)
 
-    def _record(self, known: click.ClickException | None, error: BaseException) -> None:
-        if self.run_dir is None or not self.run_dir.is_dir() or isinstance(known, InUse):
-            return
-        message = known.format_message() if known else f"{type(error).__name__}: {error}"
-        record = {
+    def _record(self, known: click.ClickException | None, error: BaseException) -> int:
+        row = endings.ending(getattr(known, "slug", "usage" if known else "fault"))
+        record: dict[str, Any] = {
             "stage": self.stage,
-            "exit": 70 if known is None else known.exit_code,
-            "code": getattr(known, "slug", "usage" if known else "fault"),
-            "message": message,
+            "exit": row.code,
+            "code": row.slug,
+            "retryable": row.retry,
+            "message": known.format_message() if known else f"{type(error).__name__}: {error}",
+            "hint": row.hint,
+            "attempt": self.attempt.number if self.attempt else None,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        try:
-            (self.run_dir / "error.json").write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as cause:  # the volume may be the very thing that failed
-            click.echo(f"error.json could not be written: {cause}", err=True)
+        notes.tell(TERMINATION_LOG, record, TERMINATION_BYTES)
+        if self.run_dir and self.run_dir.is_dir() and not isinstance(known, InUse):
+            try:
+                notes.write(self.run_dir / ERROR, record)
+            except OSError as cause:  # the volume may be the very thing that failed
+                click.echo(f"{ERROR} could not be written: {cause}", err=True)
+        return row.code
+
+    def _forget(self) -> None:
+        """Remove what was recorded of an earlier end of the same stage, which has now been mended."""
+        path = self.run_dir / ERROR if self.run_dir else None
+        with contextlib.suppress(OSError):
+            if path and (notes.read(path) or {}).get("stage") == self.stage:
+                path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ POINTS = {
     "scratch": "the run directory is held, scratch is about to be made",
     "lease.take": "before the holder file is created",
     "lease.beat": "before the holder file's counter moves",
+    "attempt.record": "before the record of this process is written: at first, with each beat, at the end",
     "lease.release": "before the holder file is removed",
     "publish.begin": "before the old artifact is retired",
     "retire.manifest": "an artifact's manifest is gone, its files are not",

@@ -14,8 +14,11 @@ from typing import Any
 
 from stages.lib.run import artifact, failpoints, preemption, volume
 from stages.lib.run.artifact import DRAFT, MANIFEST, Artifact, Draft, retire, writing
+from stages.lib.run.exits import InUse
+from stages.lib.run.holder import ANYONE, Holder
 
 SYNC_SECONDS = 5.0
+CHECK_SECONDS = 1.0  # nobody takes a run over that was seen alive within a minute
 # What mounts say that only write files anew.
 NO_APPEND = {*volume.NO_SYNC, errno.EPERM, errno.EACCES, errno.ESPIPE}
 
@@ -43,13 +46,21 @@ class Growing(Draft):
         entries: of its whole lines. resumed: how many were there already.
     """
 
-    def __init__(self, target: Path, name: str, made_from: dict[str, Any], goes_on: bool) -> None:
-        super().__init__(target)
+    def __init__(
+        self,
+        target: Path,
+        name: str,
+        made_from: dict[str, Any],
+        goes_on: bool,
+        by: Holder = ANYONE,
+    ) -> None:
+        super().__init__(target, by)
         self.file, self.made_from, self.goes_on = target / name, made_from, goes_on
         self.entries: list[dict[str, Any]] = []
         self.resumed = self._size = 0
         self._handle: Any = None
         self._rewritten, self._synced = False, time.monotonic()
+        self._checked = self._synced
 
     def __enter__(self) -> "Growing":
         with writing(self.path):
@@ -59,8 +70,9 @@ class Growing(Draft):
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):
+        with preemption.deferred(), contextlib.suppress(OSError, InUse):
             self._handle.close()
+            self.by.check_held()
             if self._whole is None and not self.entries:
                 retire(self.path)
 
@@ -89,6 +101,9 @@ class Growing(Draft):
             CannotWrite: the disk is full; the lines before it stay.
         """
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if time.monotonic() - self._checked > CHECK_SECONDS:
+            self.by.check_held()
+            self._checked = time.monotonic()
         with preemption.deferred(), writing(self.file):
             try:
                 failpoints.reach("grow.line")
@@ -100,6 +115,7 @@ class Growing(Draft):
                 self._append(line)
             self._size += len(line)
             self.entries.append(entry)
+        self.by.progressed()
 
     def _append(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -120,6 +136,7 @@ class Growing(Draft):
 
     def finish(self, manifest: dict[str, Any]) -> Artifact:
         """Write its manifest: now it is there."""
+        self.by.check_held()
         with preemption.deferred():
             with writing(self.file):
                 volume.sync(self._handle.fileno())

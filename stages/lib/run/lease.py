@@ -1,7 +1,8 @@
 """One writer at a time on a run directory: `holder.json`, created exclusively, with a counter that moves.
 
 A dead holder on this host is replaced at once; one on another host when its counter has stood still for a
-minute of our own clock, so that no two hosts' clocks are ever compared.
+minute of our own clock, so that no two hosts' clocks are ever compared. Process numbers tell who is dead only
+on one boot of one host, and in one container: another one of the same name is another host.
 """
 
 import contextlib
@@ -10,11 +11,12 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import failpoints, preemption
+from stages.lib.run import failpoints, notes, preemption
 from stages.lib.run.artifact import writing
 from stages.lib.run.exits import InUse
 from stages.lib.run.progress import say
@@ -23,52 +25,67 @@ HOLDER = "holder.json"
 BEAT_SECONDS = 10.0
 SETTLE_SECONDS = 0.5
 STALE_SECONDS = 60.0
-IDENTITY = ("host", "boot", "pid", "started")
+IDENTITY = ("host", "boot", "space", "pid", "ticks", "id")
+PLACE = ("host", "boot", "space")
 
 
-def _boot() -> str:
+def boot() -> str:
+    """What Linux calls this boot of the machine; the same in all its containers."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.is_file() else ""
 
 
-def _own() -> dict[str, Any]:
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def _space() -> str:
+    """Of the process numbers: a container has its own."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on of a process, as proc(5) counts them from the third; none where it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def _ticks(pid: int) -> int:
+    """When a process began, in clock ticks since the boot: its number may be given to another one."""
+    found = _stat(pid)
+    return int(found[19]) if found else 0
+
+
+def _own(stage: str) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": boot(),
+        "space": _space(),
         "pid": os.getpid(),
-        "started": started,
+        "ticks": _ticks(os.getpid()),
+        "id": uuid.uuid4().hex[:8],
+        "stage": stage,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "beat": 0,
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):
-        return {}  # being written, or cut off
-
-
-def _alive(pid: int) -> bool:
+def _alive(holder: dict[str, Any]) -> bool:
+    pid = int(holder.get("pid", 0))
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    # A container's PID 1 has the same number after a restart; a zombie answers too.
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
+    if pid == os.getpid() and not _ticks(
+        pid
+    ):  # of a container before this one, where nothing says when
+        return False
+    return _stat(pid)[:1] != ["Z"] and _ticks(pid) in (0, holder.get("ticks"))
 
 
-def _dead(holder: dict[str, Any], own: dict[str, Any]) -> bool:
-    same_host = holder.get("host") == own["host"]
-    if same_host and holder.get("boot") != own["boot"]:
-        return True
-    return same_host and (holder.get("pid") == own["pid"] or not _alive(int(holder.get("pid", 0))))
+def _here(holder: dict[str, Any], own: dict[str, Any]) -> bool:
+    return all(holder.get(key) == own[key] for key in PLACE)
 
 
 def _stands_still(path: Path, holder: dict[str, Any]) -> bool:
@@ -79,7 +96,7 @@ def _stands_still(path: Path, holder: dict[str, Any]) -> bool:
     while time.monotonic() < deadline:
         preemption.check()
         time.sleep(1.0)
-        if _read(path) != holder:
+        if notes.read(path) != holder:
             return False
     return True
 
@@ -97,11 +114,10 @@ def _create(path: Path, own: dict[str, Any]) -> bool:
 
 def _take(path: Path, own: dict[str, Any]) -> None:
     while not _create(path, own):
-        holder = _read(path)
+        holder = notes.read(path)
         if holder is None:
             continue
-        same_host = holder.get("host") == own["host"]
-        if not (_dead(holder, own) or (not same_host and _stands_still(path, holder))):
+        if _alive(holder) if _here(holder, own) else not _stands_still(path, holder):
             raise _in_use(path, holder)
         path.unlink(missing_ok=True)
         if _create(path, own):
@@ -112,25 +128,38 @@ def _take(path: Path, own: dict[str, Any]) -> None:
 
 def _in_use(path: Path, holder: dict[str, Any]) -> InUse:
     return InUse(
-        f"{path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} "
-        f"since {holder.get('started')}; wait for it, or choose another RUN_DIR"
+        f"{path.parent} is in use by {holder.get('stage')}, process {holder.get('pid')} on "
+        f"{holder.get('host')} since {holder.get('started')}; wait for it, or choose another RUN_DIR"
     )
 
 
 def _check_ours(path: Path, own: dict[str, Any]) -> None:
-    holder = _read(path)
+    holder = notes.read(path)
     if holder and any(holder.get(key) != own[key] for key in IDENTITY):
         raise _in_use(path, holder)
 
 
+def at_work(run_dir: Path, stage: str) -> str:
+    """That `stage` is at work on a run directory, for a sentence; nothing where it seems not to be."""
+    holder = notes.read(run_dir / HOLDER) or {}
+    if holder.get("stage") != stage or (_here(holder, _own("")) and not _alive(holder)):
+        return ""
+    return f"`{stage}` is at work on it, process {holder.get('pid')} on {holder.get('host')}"
+
+
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[Callable[[], None]]:
+def held(
+    run_dir: Path, stage: str = "", beaten: Callable[[], None] | None = None
+) -> Iterator[Callable[[], None]]:
     """Hold a run directory; what is given raises `InUse` once another process has taken it over.
+
+    Args:
+        stage: what the others are told. beaten: called whenever the counter has moved.
 
     Raises:
         InUse: another live process holds it.
     """
-    path, own = run_dir / HOLDER, _own()
+    path, own = run_dir / HOLDER, _own(stage)
     _take(path, own)
     stop = threading.Event()
 
@@ -139,10 +168,16 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
             try:
                 _check_ours(path, own)
             except InUse as lost:  # we were taken for dead; whoever took over is right now
-                preemption.request(lost.message)
+                preemption.request(lost.message, lost=True)
                 return
+            except OSError:  # the volume's hiccup; the work will meet it itself
+                continue
             own["beat"] += 1
-            _rewrite(path, json.dumps(own))
+            with contextlib.suppress(OSError):
+                failpoints.reach("lease.beat")
+                notes.write(path, own)
+            if beaten:
+                beaten()
 
     thread = threading.Thread(target=beat, daemon=True, name="lease")
     thread.start()
@@ -150,20 +185,8 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
         yield lambda: _check_ours(path, own)
     finally:
         stop.set()
-        thread.join()
+        thread.join(BEAT_SECONDS)
         with contextlib.suppress(InUse, OSError):
             failpoints.reach("lease.release")
             _check_ours(path, own)
             path.unlink(missing_ok=True)
-
-
-def _rewrite(path: Path, text: str) -> None:
-    """Replace the holder file in one go where the mount can; a beat that fails is made up by the next."""
-    beside = path.with_suffix(".beat")
-    try:
-        failpoints.reach("lease.beat")
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.write_text(text)

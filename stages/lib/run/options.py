@@ -1,11 +1,15 @@
 """Settings that more than one stage uses, declared once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import click
+
+from stages.lib.run.preemption import GRACE_SECONDS
 from stages.lib.run.progress import say
 from stages.lib.run.settings import Decorator, setting
-from stages.lib.run.values import Number, Texts, flat
+from stages.lib.run.values import Duration, Number, Texts, flat
 
 base_model = setting(
     "--base-model", "BASE_MODEL", required=True,
@@ -21,6 +25,27 @@ seed = setting(
     default=0,
     help="Seed of all that is random.",
 )
+
+run_dir = setting(
+    "--run-dir", "RUN_DIR", type=click.Path(path_type=Path), identity=False,
+    is_eager=True,  # known before another setting is refused, so that the refusal is recorded there
+    default=Path("runs/default"), help="Folder of the run: its artifacts and checkpoints.",
+)  # fmt: skip
+force = setting("--force", "FORCE", help="Redo a finished stage.", is_flag=True, identity=False)
+verify = setting(
+    "--verify", "VERIFY", help="Hash every input and finished file again.", is_flag=True, identity=False
+)  # fmt: skip
+allow_stale = setting(
+    "--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", is_flag=True, identity=False
+)  # fmt: skip
+max_runtime = setting(
+    "--max-runtime", "MAX_RUNTIME", type=Duration(), identity=False,
+    help="Stop by itself before so much time is over, with 75: seconds, or as in 90m or 12h.",
+)  # fmt: skip
+grace_seconds = setting(
+    "--grace-seconds", "GRACE_SECONDS", type=Number(above=0), default=GRACE_SECONDS, identity=False,
+    help="From a stop signal to the end, at most; less than what the service waits.",
+)  # fmt: skip
 
 
 def max_new_tokens(default: int) -> Decorator:

@@ -1,51 +1,146 @@
-"""Stop signals: acted on at once, but where a loop asked to choose the moment itself."""
+"""Stop signals: acted on at once, but where a loop asked to choose the moment itself.
+
+Whatever the work is doing, the process ends GRACE_SECONDS after it was first asked to, and before MAX_RUNTIME.
+"""
 
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
-from stages.lib.run.exits import TryAgain
+from stages.lib.run.exits import InUse, StageError, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WAKE = signal.SIGUSR2  # from a thread of ours to the main one, which may be where nothing polls
 REPEAT_SECONDS = 3.0  # a scheduler sends two, to the process and to its group; a person means it
+GRACE_SECONDS = 25.0  # batch services kill 30 seconds after the signal
+LAST_WORDS_SECONDS = 1.0  # the volume may be what keeps the work from stopping
+TICK_SECONDS = 0.2
+SWALLOWED_SECONDS = 1.0  # some libraries catch whatever is raised in them: it is raised again
+LastWords = Callable[[StageError], int]
 _reasons: list[str] = []
-_first = 0.0
+_signals: list[signal.Signals] = []
+_asked = 0.0
+_signalled = 0.0
 _deferred = 0
+_grace = GRACE_SECONDS
+_lost = False
+_watch = threading.Event()
 
 
-def listen() -> None:
-    """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process."""
+def listen(
+    grace: float = GRACE_SECONDS, limit: float | None = None, last_words: LastWords | None = None
+) -> None:
+    """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process.
+
+    Args:
+        grace: seconds from the first request to the end. limit: seconds from now to the end.
+        last_words: told of the end that is forced when these are over, and gives its code; without it none is.
+    """
+    global _deferred, _grace, _lost, _watch
+    _watch.set()
     _reasons.clear()
+    _signals.clear()
+    _deferred, _grace, _lost, _watch = 0, grace, False, threading.Event()
     for number in SIGNALS:
         signal.signal(number, _note)
+    signal.signal(WAKE, _wake)
+    if last_words:
+        # Half of a short limit is for the work: to stop takes what GRACE_SECONDS says.
+        stop_at = time.monotonic() + limit - min(grace, limit / 2) if limit else None
+        told = f"MAX_RUNTIME of {limit:g} seconds is near" if limit else ""
+        arguments = (_watch, stop_at, told, last_words)
+        threading.Thread(target=_watch_over, args=arguments, daemon=True, name="deadline").start()
+
+
+def _watch_over(
+    over: threading.Event, stop_at: float | None, told: str, last_words: LastWords
+) -> None:
+    woken = 0.0
+    while not over.wait(TICK_SECONDS):
+        now = time.monotonic()
+        if stop_at and now >= stop_at and not _reasons:
+            request(told)
+        if left() == 0:
+            _end(last_words)
+        if _reasons and now - max(_asked, woken) > SWALLOWED_SECONDS:
+            woken = now
+            _wake_main()
+
+
+def _end(last_words: LastWords) -> None:
+    """End the process as it is: what is verified stands, and the rest has no manifest."""
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    where = f" ({Path(main.f_code.co_filename).name}:{main.f_lineno})" if main else ""
+    error = Stopped(
+        f"{_reasons[0]}, and after {_grace:g} seconds the work had not stopped by itself{where}; "
+        "what was verified stands, and the same command goes on from there"
+    )
+    codes = [error.exit_code]
+    telling = threading.Thread(target=lambda: codes.append(last_words(error)), daemon=True)
+    telling.start()
+    telling.join(LAST_WORDS_SECONDS)
+    os._exit(codes[-1])
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _first
+    global _signalled
     now = time.monotonic()
-    if _reasons and now - _first > REPEAT_SECONDS:
-        os._exit(128 + number)
-    first, reason = not _reasons, f"stopped by {signal.Signals(number).name}"
+    if _signals and now - _signalled > REPEAT_SECONDS:
+        os._exit(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
+    first = not _signals
+    _signals.append(signal.Signals(number))
+    reason = f"stopped by {signal.Signals(number).name}"
     if reason not in _reasons:
         request(reason)
     if first:
-        _first = now
-        if not _deferred:
-            check()
+        _signalled = now
+        _wake(number, frame)
 
 
-def request(reason: str) -> None:
-    """Ask the loops of this process to stop."""
+def _wake(number: int, frame: FrameType | None) -> None:
+    if not _deferred:
+        check()
+
+
+def request(reason: str, lost: bool = False) -> None:
+    """Ask the loops of this process to stop; `lost`: because the run directory is another's now."""
+    global _asked, _lost
+    if not _reasons:
+        _asked = time.monotonic()
     _reasons.append(reason)
+    _lost = _lost or lost
+    if threading.current_thread() is not threading.main_thread():
+        _wake_main()
+
+
+def _wake_main() -> None:
+    main = threading.main_thread()
+    if main.ident and signal.getsignal(WAKE) is _wake:
+        signal.pthread_kill(main.ident, WAKE)
 
 
 def check() -> None:
-    """Raise `TryAgain` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
+    """Raise `Stopped` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
+    if _lost:
+        raise InUse(_reasons[-1])
     if _reasons:
-        raise TryAgain(f"{_reasons[0]}; the same command goes on")
+        raise Stopped(f"{_reasons[0]}; the same command goes on")
+
+
+def left() -> float | None:
+    """Seconds until the process ends whatever it does, or None where nobody asked it to."""
+    return max(_asked + _grace - time.monotonic(), 0.0) if _reasons else None
+
+
+def signalled() -> signal.Signals | None:
+    """The signal that asked first, if one did."""
+    return _signals[0] if _signals else None
 
 
 def by_keyboard() -> bool:
@@ -53,7 +148,14 @@ def by_keyboard() -> bool:
     only = _reasons == [f"stopped by {signal.SIGINT.name}"]
     if only:
         _reasons.clear()
+        _signals.clear()
     return only
+
+
+def conclude() -> None:
+    """From here on a signal changes nothing: all that is left is to say how it ended."""
+    global _deferred
+    _deferred += 1
 
 
 @contextlib.contextmanager

@@ -15,7 +15,18 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
+from stages.lib.run import (
+    artifact,
+    attempts,
+    environment,
+    exits,
+    failpoints,
+    growing,
+    lease,
+    options,
+    preemption,
+    settings,
+)
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, CannotWrite, Missing, StageError, TryAgain
 from stages.lib.run.parts import Parts
@@ -41,33 +52,16 @@ PACKAGES = (
 )
 
 
-run_dir_option = settings.setting(
-    "--run-dir", "RUN_DIR", type=click.Path(path_type=Path), identity=False,
-    is_eager=True,  # known before another setting is refused, so that the refusal is recorded there
-    default=Path("runs/default"), help="Folder of the run: its artifacts and checkpoints.",
-)  # fmt: skip
-
-
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every stage has."""
-    redo = settings.setting(
-        "--force", "FORCE", help="Redo a finished stage.", is_flag=True, identity=False
-    )
-    return reading_options(redo(command))
+    for decorate in (options.grace_seconds, options.max_runtime, options.force):
+        command = decorate(command)
+    return reading_options(command)
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that reads a run and makes nothing in it."""
-    flag: dict[str, Any] = {"is_flag": True, "identity": False}
-    for decorate in (
-        settings.setting(
-            "--verify", "VERIFY", help="Hash every input and finished file again.", **flag
-        ),
-        settings.setting(
-            "--allow-stale", "ALLOW_STALE", help="Accept inputs made from other settings.", **flag
-        ),
-        run_dir_option,
-    ):
+    for decorate in (options.verify, options.allow_stale, options.run_dir):
         command = decorate(command)
     return command
 
@@ -83,6 +77,7 @@ class Run:
         self.allow_stale: bool = ctx.params["allow_stale"]
         self.deep: bool = ctx.params["verify"]
         self.settings = settings.recorded(ctx)
+        self.attempt = attempts.Attempt(self.folder, self.stage, self.settings, self.force)
         self.started = time.monotonic()
         with artifact.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +94,8 @@ class Run:
         folder = self.folder / name
         found = artifact.load(folder, deep=deep or self.deep)
         if found is None:
-            raise Missing(
-                f"there is no finished {name} in {self.folder}; run `{MADE_BY[name]}` first"
-            )
+            remedy = lease.at_work(self.folder, MADE_BY[name]) or f"run `{MADE_BY[name]}` first"
+            raise Missing(f"there is no finished {name} in {self.folder}; {remedy}")
         changed = []
         for variable, entry in found.manifest["settings"].items():
             if variable in own:
@@ -196,9 +190,8 @@ class Run:
         **facts: Any,
     ) -> Artifact:
         """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
-        self.check_held()
         manifest = self.manifest(inputs, metrics, **facts)
-        return artifact.publish(source, self.folder / name, manifest)
+        return artifact.publish(source, self.folder / name, manifest, self)
 
     def made_of(self, inputs: dict[str, Any], before: dict[str, Artifact]) -> dict[str, Any]:
         """For a report: the inputs, the settings of this stage and those `before` it, and the versions."""
@@ -212,9 +205,8 @@ class Run:
 
     def revise(self, made: Artifact, source: Path, **metrics: Any) -> Artifact:
         """Publish other words on the same figures: all that the manifest says of their making stays."""
-        self.check_held()
         changed = {"metrics": made.metrics | metrics}
-        return artifact.publish(source, made.path, made.manifest | changed)
+        return artifact.publish(source, made.path, made.manifest | changed, self)
 
     @contextlib.contextmanager
     def draft(self, name: str, size: int, parts: Parts | None = None) -> Iterator[artifact.Draft]:
@@ -228,7 +220,7 @@ class Run:
             CannotWrite: there is no room for it.
         """
         self.check_held()
-        draft = artifact.Draft(self.folder / name, parts)
+        draft = artifact.Draft(self.folder / name, self, parts)
         artifact.check_room(self.folder, size - draft.size)
         with draft:
             yield draft
@@ -267,7 +259,7 @@ class Run:
         if changed:
             say(f"{folder} was begun otherwise ({'; '.join(changed)}): starting afresh")
         made_from, goes_on = {"inputs": inputs, "settings": self.settings}, bool(there)
-        with growing.Growing(folder, file, made_from, goes_on and not changed) as grown:
+        with growing.Growing(folder, file, made_from, goes_on and not changed, self) as grown:
             yield grown
 
     def manifest(
@@ -286,16 +278,35 @@ class Run:
 
     @contextlib.contextmanager
     def work(self) -> Iterator[Path]:
-        """Hold the run directory, with a scratch folder that goes away at the end."""
-        with lease.held(self.folder) as self.check_held:
-            (self.folder / "error.json").unlink(missing_ok=True)
-            parent = environment.scratch_parent()
-            with artifact.writing(parent):
-                failpoints.reach("scratch")
-                parent.mkdir(parents=True, exist_ok=True)
-                scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
-            with scratch as folder:
-                yield Path(folder)
+        """Hold the run directory, with a scratch folder that goes away at the end.
+
+        Raises:
+            InUse: another process holds it. NoProgress: three attempts got nowhere.
+        """
+        if isinstance(self.ctx.obj, exits.Reported):
+            self.ctx.obj.attempt = self.attempt
+        with lease.held(self.folder, self.stage, self.attempt.beat) as self.check_held:
+            self.attempt.check_held = self.check_held
+            with self.attempt, self._scratch() as folder:
+                try:
+                    yield folder
+                finally:
+                    preemption.conclude()
+
+    def progressed(self) -> None:
+        """Count what is verified, so that this attempt was not in vain."""
+        self.attempt.progressed()
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        (self.folder / exits.ERROR).unlink(missing_ok=True)
+        parent = environment.scratch_parent()
+        with artifact.writing(parent):
+            failpoints.reach("scratch")
+            parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
+        with scratch as folder:
+            yield Path(folder)
 
 
 def versions() -> dict[str, str]:

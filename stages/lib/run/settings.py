@@ -79,7 +79,11 @@ class Stage(click.Command):
         outcome = ctx.obj
         outcome.stage = ctx.info_name
         outcome.run_dir = ctx.params.get("run_dir")
-        preemption.listen()
+        preemption.listen(
+            ctx.params.get("grace_seconds", preemption.GRACE_SECONDS),
+            ctx.params.get("max_runtime"),
+            outcome.last_words,
+        )
         failpoints.arm()
         environment.quiet_libraries()
         environment.keep_compiled()

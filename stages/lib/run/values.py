@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,28 @@ class Number(click.ParamType[Any]):
         if bad or (self.above is not None and number <= self.above):
             self.fail(f"{value!r} is not a finite {self.name} {self.rule()}.", param, ctx)
         return number
+
+
+class Duration(click.ParamType[Any]):
+    """A time span in seconds: a number above 0, with s, m or h behind it if another unit is meant."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """`value` in seconds, or click's usage error."""
+        if isinstance(value, float):
+            return value
+        form = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+        seconds = float(form[1]) * {"m": 60, "h": 3600}.get(form[2], 1) if form else 0.0
+        if not 0 < seconds < math.inf:
+            self.fail(
+                f"{value!r} is no time span above 0: write seconds, or as in 90m or 12h.",
+                param,
+                ctx,
+            )
+        return seconds
 
 
 class Names(click.ParamType[Any]):

@@ -154,13 +154,13 @@ def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) ->
     target, notes = tmp_path / "large", Notes()
     for number in range(3):
         (tmp_path / f"part{number}").write_text(f"part {number}")
-    with contextlib.suppress(TryAgain), artifact.Draft(target, notes) as draft:
+    with contextlib.suppress(TryAgain), artifact.Draft(target, notes=notes) as draft:
         draft.take(tmp_path / "part0")
         draft.take(tmp_path / "part1")
         raise TryAgain("stopped")
     (target / "part1").write_text("part X")
     (target / "part2").write_text("cut o")
-    with artifact.Draft(target, notes) as draft:
+    with artifact.Draft(target, notes=notes) as draft:
         assert (draft.holds("part0"), draft.holds("part1"), draft.size) == (True, False, 6)
         assert sorted(path.name for path in target.iterdir()) == ["draft.json", "part0"]
         draft.take(tmp_path / "part1")
@@ -169,7 +169,7 @@ def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) ->
     found = artifact.load(target, deep=True)
     assert found
     assert found.digest == draft.digest == made.digest
-    with contextlib.suppress(OSError), artifact.Draft(target, notes) as draft:
+    with contextlib.suppress(OSError), artifact.Draft(target, notes=notes) as draft:
         assert not draft.holds("part0")  # a published one is made anew
         raise OSError("other")
     assert not target.exists()

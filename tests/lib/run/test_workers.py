@@ -171,6 +171,7 @@ def test_a_request_to_stop_ends_it(
     wait_until_gone(others.since())
 
 
+@pytest.mark.case("G9")
 def test_signals_are_left_to_the_parent() -> None:
     """Ctrl-C reaches the whole group: workers go on until their parent has closed what it writes."""
 
@@ -182,6 +183,7 @@ def test_signals_are_left_to_the_parent() -> None:
     assert list(workers.in_order(work, range(4), 2)) == [0, 1, 2, 3]
 
 
+@pytest.mark.case("G9")
 def test_no_process_outlives_a_parent_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT
