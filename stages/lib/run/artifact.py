@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.lib.run import failpoints, preemption
+from stages.lib.run import failpoints, preemption, redaction
 from stages.lib.run.exits import BadData, CannotWrite, from_os_error
 
 MANIFEST = "manifest.json"
@@ -114,7 +114,11 @@ class Draft:
 
     def finish(self, manifest: dict[str, Any]) -> Artifact:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
-        whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
+        whole = (
+            {"schema": SCHEMA}
+            | redaction.plain(manifest)
+            | {"files": dict(sorted(self._entries.items()))}
+        )
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         with writing(self.path):
             failpoints.reach("publish.manifest")
@@ -194,7 +198,7 @@ def _mode() -> int:
 def _copy(source: Path, target: Path) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, _stream(target) as write:
-        while block := read.read(BLOCK):
+        for block in redaction.blocks(read, source.suffix, BLOCK):
             write.write(block)
     return write.entry()
 

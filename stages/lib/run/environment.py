@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,12 @@ from stages.lib.run.exits import BadSetting
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
 )  # fmt: skip
+SECRETS_FILE = "secrets.env"
+# Of which each may hold USER:PASSWORD@.
+ADDRESSES = (
+    "DATASET", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy",
+)  # fmt: skip
+OPENER = re.compile(r"://([^\s/?#@]+:[^\s/?#]+)@")
 
 
 def lines_of(path: Path) -> dict[str, str]:
@@ -23,9 +30,12 @@ def lines_of(path: Path) -> dict[str, str]:
         with path.open(encoding="utf-8") as file:
             for line in parse_stream(file):
                 place = f"{path}:{line.original.line}"
+                bad = line.error or (line.key and line.value is None)
+                if bad and path.name == SECRETS_FILE:  # whatever it is, it may be a secret
+                    raise BadSetting(f"{place} is no NAME=value; mend it")
                 if line.error:
                     raise BadSetting(f"{place} is no NAME=value: {line.original.string.strip()!r}")
-                if line.key and line.value is None:
+                if bad:
                     raise BadSetting(
                         f"{place} names {line.key} without a value: write {line.key}=VALUE"
                     )
@@ -38,7 +48,7 @@ def lines_of(path: Path) -> dict[str, str]:
 
 def load_secrets(folder: Path) -> None:
     """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
-    path = folder / "secrets.env"
+    path = folder / SECRETS_FILE
     if path.is_file():
         for key, value in lines_of(path).items():
             if value and not os.environ.get(key):
@@ -46,6 +56,15 @@ def load_secrets(folder: Path) -> None:
     for key in SECRETS:
         if os.environ.get(key) == "":  # empty means unset
             del os.environ[key]
+
+
+def secrets() -> tuple[str, ...]:
+    """The values that must not be written anywhere: of the secrets, and what opens an address in these."""
+    values = [os.environ[name] for name in SECRETS if os.environ.get(name)]
+    for name in ADDRESSES:
+        for opener in OPENER.findall(os.environ.get(name, "")):
+            values += [opener, opener.partition(":")[2]]
+    return tuple(value for value in values if value)
 
 
 def has_token() -> bool:

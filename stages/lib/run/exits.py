@@ -8,6 +8,7 @@ import errno
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -112,10 +113,16 @@ class Reported:
     """Context manager round the whole program: what leaves it becomes an exit code and `error.json`.
 
     The running command fills in `stage` and `run_dir`, so that a failure is recorded beside its run.
+
+    Args:
+        said: a message as it may be written, without secrets.
     """
 
     stage: str | None = None
     run_dir: Path | None = None
+
+    def __init__(self, said: Callable[[str], str] = str) -> None:
+        self.said = said
 
     def __enter__(self) -> "Reported":
         return self
@@ -163,7 +170,8 @@ class Reported:
 
     def _say(self, error: StageError) -> None:
         prefix = f"{self.stage}: " if self.stage else ""
-        click.echo(f"{prefix}{error.format_message()} [exit {error.exit_code}]", err=True)
+        message = self.said(error.format_message())
+        click.echo(f"{prefix}{message} [exit {error.exit_code}]", err=True)
 
     def _record(self, known: click.ClickException | None, error: BaseException) -> None:
         if self.run_dir is None or not self.run_dir.is_dir() or isinstance(known, InUse):
@@ -173,7 +181,7 @@ class Reported:
             "stage": self.stage,
             "exit": 70 if known is None else known.exit_code,
             "code": getattr(known, "slug", "usage" if known else "fault"),
-            "message": message,
+            "message": self.said(message),
         }
         try:
             (self.run_dir / "error.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact, failpoints, preemption
+from stages.lib.run import artifact, failpoints, preemption, redaction
 from stages.lib.run.artifact import MANIFEST, Artifact, Draft, retire, writing
 
 DRAFT = "draft.json"
@@ -91,7 +91,9 @@ class Growing(Draft):
         Raises:
             CannotWrite: the disk is full; the lines before it stay.
         """
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = (
+            redaction.line(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
+        )
         with preemption.deferred(), writing(self.file):
             try:
                 failpoints.reach("grow.line")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import environment, failpoints, preemption, progress
+from stages.lib.run import environment, failpoints, preemption, progress, redaction
 from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -182,8 +182,10 @@ def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
 def _plain(option: Setting, value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, tuple):
-        return list(value) if option.multiple else ",".join(value)
-    return option.shown(str(value)) if isinstance(value, (Path, str)) else value
+        value = list(value) if option.multiple else ",".join(value)
+    elif isinstance(value, (Path, str)):
+        value = option.shown(str(value))
+    return redaction.plain(value)
 
 
 def expected(ctx: click.Context, variable: str, recorded_from: str) -> Any:
