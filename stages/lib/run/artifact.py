@@ -13,14 +13,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from stages.lib.run import failpoints, preemption, redaction
+from stages.lib.run import failpoints, manifests, preemption, redaction
 from stages.lib.run.exits import BadData, CannotWrite, from_os_error
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
 BLOCK = 4 << 20
 # What mounts say that know no fsync; close is then all that they promise.
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
@@ -115,7 +114,7 @@ class Draft:
     def finish(self, manifest: dict[str, Any]) -> Artifact:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
         whole = (
-            {"schema": SCHEMA}
+            {"schema": manifests.SCHEMA}
             | redaction.plain(manifest)
             | {"files": dict(sorted(self._entries.items()))}
         )
@@ -255,41 +254,17 @@ def load(folder: Path, deep: bool = False) -> Artifact | None:
     Raises:
         BadData: a file is missing, has another size or hash, or a name leaves the folder.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    said = manifests.read(folder / MANIFEST)
+    if said is None:
         return None
-    try:
-        manifest = json.loads(path.read_bytes())
-        files = dict(manifest["files"])
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError):
-        return None  # cut off while it was written: debris
-    if schema != SCHEMA:
-        raise BadData(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; run its stage again with --force"
-        )
-    for name, entry in files.items():
-        _check(folder, name, entry, deep)
-    return Artifact(folder, manifest)
-
-
-def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or (folder / name).is_symlink():
-        raise BadData(f"{folder / MANIFEST} names {name!r}, which leaves the artifact")
-    path = folder / name
-    remedy = "run the stage that makes it again with --force"
-    if not path.is_file():
-        raise BadData(f"{path} is missing from its artifact; {remedy}")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise BadData(
-            f"{path} has {size} bytes, its manifest says {entry['bytes']}: it is corrupt; {remedy}"
-        )
-    if deep and sha256(path) != entry["sha256"]:
-        raise BadData(
-            f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}"
-        )
+    for name, entry in said["files"].items():
+        manifests.check_file(folder, name, entry["bytes"])
+        if deep and sha256(folder / name) != entry["sha256"]:
+            raise BadData(
+                f"{folder / name} does not have the sha256 that its manifest says: it is corrupt; "
+                f"{manifests.RERUN}"
+            )
+    return Artifact(folder, said)
 
 
 def sha256(path: Path) -> str:
