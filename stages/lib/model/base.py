@@ -47,8 +47,8 @@ class Base:
             return {"name": self.name, "fingerprint": fingerprint(self.path)}
         return {"name": self.name}
 
-    def fetch(self, weights: bool = True) -> Path:
-        """Bring it to local disk; the folder that holds it."""
+    def fetch(self, weights: bool = True, verify: bool = False) -> Path:
+        """Bring it to local disk, and hash again what was there if told; the folder that holds it."""
         if self.is_sample:
             self.folder, self.commit = sample.folder(), sample.REVISION
         elif self.is_local:
@@ -56,7 +56,7 @@ class Base:
         else:
             what = "model" if weights else "tokenizer"
             say(f"fetching the {what} of {self.name}")
-            self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
+            self.folder, self.commit = hub.snapshot(self.name, self.revision, what, verify)
         self._check(weights)
         return self.folder
 
