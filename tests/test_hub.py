@@ -84,6 +84,7 @@ def holding(folder: Path, text: str) -> list[Path]:
     ]
 
 
+@pytest.mark.promise("P7")
 def test_base_and_data_from_the_hub(
     stages: Stages, tmp_path: Path, hub: Hub, preset: Path, other_tiny: Path
 ) -> None:
@@ -208,6 +209,7 @@ def prepare(stages: Stages, tmp_path: Path, rows: Path, **env: str) -> Result:
     return stages("prepare-data", "--run-dir", tmp_path / "run", env=chosen)
 
 
+@pytest.mark.case("C1")
 @pytest.mark.parametrize(
     "closed", [False, True], ids=["gate before the files", "gate before the list"]
 )
@@ -255,6 +257,7 @@ def test_token_from_the_secrets_file(stages: Stages, tmp_path: Path, rows: Path,
     assert holding(tmp_path, CANARY) == [secrets]
 
 
+@pytest.mark.case("C2")
 @pytest.mark.parametrize("token", [None, CANARY], ids=["no token", "token"])
 def test_missing_or_private_repository(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub, token: str | None
@@ -272,6 +275,7 @@ def test_missing_or_private_repository(
     assert "owner/tiny" in sentence(prepare(stages, tmp_path, rows, **env), 66)
 
 
+@pytest.mark.case("C2")
 @pytest.mark.parametrize(
     ("variable", "name"), [("BASE_REVISION", "owner/tiny"), ("DATASET_REVISION", "owner/data")]
 )
@@ -311,6 +315,7 @@ def test_model_without_a_config(stages: Stages, tmp_path: Path, rows: Path, hub:
     assert "owner/gguf" in said
 
 
+@pytest.mark.case("F1")
 def test_no_network(stages: Stages, tmp_path: Path, rows: Path) -> None:
     with socket.socket() as closed:  # bound, so that nobody else gets it, but not listening
         closed.bind(("127.0.0.1", 0))
@@ -323,6 +328,7 @@ def test_no_network(stages: Stages, tmp_path: Path, rows: Path) -> None:
     nothing_left(tmp_path / "run", 75)
 
 
+@pytest.mark.case("F1")
 @pytest.mark.parametrize("mood", ["503", "hang-up", "portal"])
 def test_hub_that_is_not_itself(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub, mood: str
@@ -343,6 +349,7 @@ def test_address_without_a_scheme(stages: Stages, tmp_path: Path, rows: Path) ->
     assert "HF_ENDPOINT" in said
 
 
+@pytest.mark.case("C1")
 def test_token_that_no_header_can_carry(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub
 ) -> None:

@@ -82,6 +82,31 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
 
 
+def have_home() -> None:
+    """Give a process without a home, as under a UID that nobody knows, one in scratch; and a name.
+
+    A home that cannot be written stays, for what may lie in it: the caches alone go elsewhere.
+    """
+    home = os.path.expanduser("~")
+    names = ("LOGNAME", "USER", "LNAME", "USERNAME")
+    if not any(map(os.environ.get, names)) and home == "~":  # torch asks for it
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    cache = Path(home, ".cache")
+    if home != "~" and os.access(cache if cache.is_dir() else home, os.W_OK):
+        return
+    folder = scratch_parent() / f"lora-stages-home-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return  # somebody else's; whoever needs a home says so
+    if home == "~":
+        os.environ["HOME"] = str(folder)
+    elif not os.environ.get("XDG_CACHE_HOME"):
+        os.environ["XDG_CACHE_HOME"] = str(folder / ".cache")
+        if (cache / "huggingface").is_dir():
+            os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
+
+
 def keep_compiled() -> None:
     """Have the compiler keep its results there, if that can be written and its own variables are unset.
 

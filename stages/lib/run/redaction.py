@@ -5,6 +5,7 @@ address with a password in it, and is learned to the letter. What is said of the
 """
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -104,7 +105,16 @@ class Veiled(io.TextIOWrapper):
 
 def guard_streams() -> None:
     """Have all that this process writes to its standard streams pass through here: logs and tracebacks too."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout = Veiled(sys.stdout, result)
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = Veiled(sys.stderr, said)
+    for name, veil in (("stdout", result), ("stderr", said)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
+        elif isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, Veiled(stream, veil))
+
+
+def drop_output() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from stages.lib.run import environment, failpoints, preemption, progress, redaction
-from stages.lib.run.exits import BadSetting
+from stages.lib.run.exits import BadSetting, CannotWrite
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What the libraries and `environment.scratch_parent` read, beside the settings; proxies in both spellings.
@@ -81,11 +81,18 @@ class Stage(click.Command):
         outcome.run_dir = ctx.params.get("run_dir")
         preemption.listen()
         failpoints.arm()
+        environment.have_home()
         environment.quiet_libraries()
         environment.keep_compiled()
         progress.start(str(ctx.info_name))
         progress.say(announcement(ctx))
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # else click makes it an exit with 1
+            if error.filename:
+                raise
+            redaction.drop_output()
+            raise CannotWrite("nobody reads standard output any more; send it to a file") from error
 
 
 class Stages(click.Group):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,4 +101,5 @@ def test_a_stream_that_is_no_file_is_left(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stderr", None)
     redaction.guard_streams()
     assert type(sys.stdout) is io.StringIO
-    assert sys.stderr is None
+    assert sys.stderr.name == os.devnull
+    sys.stderr.close()
