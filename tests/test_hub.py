@@ -315,6 +315,33 @@ def test_model_without_a_config(stages: Stages, tmp_path: Path, rows: Path, hub:
     assert "owner/gguf" in said
 
 
+@pytest.mark.case("B22")
+def test_data_that_changed_on_the_hub_between_attempts(
+    stages: Stages, tmp_path: Path, hub: Hub, preset: Path
+) -> None:
+    """A pinned revision is the same bytes; without one the newest is taken whole, and recorded."""
+    old = hub.repositories["datasets", "owner/data"].main
+    args = ["--env-file", preset, "prepare-data", "--run-dir"]
+    env = {"HF_ENDPOINT": hub.url, "DATASET_REVISION": old}
+    killed = stages(*args, tmp_path / "run", env=env | {"FAILPOINTS": "publish.manifest:kill"})
+    assert killed.returncode == -9, killed.stderr
+    folder = tmp_path / "later"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "### Human: New?### Assistant: Yes."}\n' * 3)
+    new = hub.push("datasets", "owner/data", folder)
+    found = {}
+    for name, given in (("run", env), ("other", {"HF_ENDPOINT": hub.url})):
+        again = stages(*args, tmp_path / name, env=given)
+        assert again.returncode == 0, again.stderr
+        found[name] = manifest(tmp_path / name / "data")
+    (source,) = found["run"]["inputs"]["dataset"]["sources"]
+    assert source["revision"] == old
+    assert found["run"]["metrics"]["rows_kept"] == 40
+    (source,) = found["other"]["inputs"]["dataset"]["sources"]
+    assert source["revision"] == new
+    assert found["other"]["metrics"]["rows_read"] == 3
+
+
 @pytest.mark.case("F1")
 def test_no_network(stages: Stages, tmp_path: Path, rows: Path) -> None:
     with socket.socket() as closed:  # bound, so that nobody else gets it, but not listening
