@@ -50,7 +50,9 @@ class Limited(ImmutableSandboxedEnvironment):
     def passes(self, values: Iterable[Any]) -> Iterator[Any]:
         """What a loop goes over."""
         for value in values:
-            self.spend(PASS)
+            self.spent += PASS
+            if self.spent > BUDGET:
+                raise Runaway
             yield value
 
     def joined(self, *parts: Any) -> str:
@@ -61,12 +63,16 @@ class Limited(ImmutableSandboxedEnvironment):
         """What a macro, a block or a whole template comes to."""
         found = []
         for piece in pieces:
-            self.spend(len(piece))
+            self.spent += len(piece)
+            if self.spent > BUDGET:
+                raise Runaway
             found.append(piece)
         return "".join(found)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation whose result may be much larger than its operands."""
+        if operator == "+":  # by far the most frequent, and no larger than both
+            return self._paid(left + right)
         self.spend(_cost(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
@@ -74,19 +80,29 @@ class Limited(ImmutableSandboxedEnvironment):
         """A method, macro or function."""
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, (str, list, tuple)):
+        if (args or named) and isinstance(owner, (str, list, tuple)):
             self._check(method.__name__, (owner, *args, *named.values()))
-        self.spend(CALL)
+        self.spent += CALL
         return self._paid(super().call(context, function, *args, **named))
 
     def _counting(self, one: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(one)
         def counted(*args: Any, **named: Any) -> Any:
-            self._check(one.__name__, (*args, *named.values()))
-            self.spend(CALL)
+            if len(args) > 1 or named:
+                self._check(one.__name__, (*args, *named.values()))
+            self.spent += CALL
             return self._paid(one(*args, **named))
 
         return counted
+
+    def _paid(self, found: Any) -> Any:
+        if type(found) is str:
+            self.spent += len(found)
+        elif isinstance(found, (str, list, tuple)):
+            self.spent += _size(found)
+        if self.spent > BUDGET:
+            raise Runaway
+        return found
 
     def _check(self, name: str, values: tuple[Any, ...]) -> None:
         """Refuse before it is made what would be too large."""
@@ -100,10 +116,6 @@ class Limited(ImmutableSandboxedEnvironment):
                 raise Runaway
         if "format" in name and any(isinstance(v, str) and WIDTH.search(v) for v in values):
             raise Runaway
-
-    def _paid(self, found: Any) -> Any:
-        self.spend(_size(found))
-        return found
 
 
 class Counting(NodeTransformer):
