@@ -20,7 +20,7 @@ paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(
 # A task file and what lies beside it.
 tasks = $(foreach path,$(wildcard $(subst $(comma), ,$(BENCHMARKS))),$(if $(wildcard $(path)/.),$(path),$(dir $(path))))
 inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
-  $(PROMPTS_FILE) $(tasks))))
+  $(PROMPTS_FILE) $(SSL_CERT_FILE) $(tasks))))
 docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" && docker run --rm --pull never --gpus all --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from stages import __version__
-from stages.lib.run import environment, settings
+from stages.lib.run import environment, redaction, settings
 from stages.lib.run.exits import Reported
 
 
@@ -51,7 +51,8 @@ def _register() -> None:
 def main() -> None:
     """Run a command and exit with its code."""
     _register()
-    with Reported() as outcome:
+    redaction.guard_streams()
+    with Reported(redaction.said) as outcome:
         stages.main(prog_name="python -m stages", standalone_mode=False, obj=outcome)
 
 

@@ -83,7 +83,7 @@ def evaluate(
     with run.work() as scratch:
         umpire = judge.appoint(judge_url, judge_model)
         chosen = tasks.prepare(benchmarks) if benchmarks else None
-        base.fetch()
+        base.fetch(verify=run.deep)
         inputs["base"] = base.identity()
 
         from stages.lib.data.formats import Format

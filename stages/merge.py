@@ -63,7 +63,7 @@ def merge(
     if run.finished("merged", inputs):
         return
     with run.work() as scratch:
-        base.fetch()
+        base.fetch(verify=run.deep)
         inputs["base"] = base.identity()
 
         from stages.lib.data.tokens import Tokens

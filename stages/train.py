@@ -136,7 +136,7 @@ def train(
     if run.finished("adapter", inputs, replace=False):
         return
     with run.work() as scratch:
-        base.fetch()
+        base.fetch(verify=run.deep)
         inputs["base"] = base.identity()
         run.check_made_from(data, "base", base.identity())
         resumed = checkpoints.newest(run, inputs)

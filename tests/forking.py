@@ -97,9 +97,9 @@ class Forking:
 
 
 @contextmanager
-def forking(folder: Path) -> Iterator[Forking]:
-    """A server for the commands that are run in `folder`."""
-    env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+def forking(folder: Path, **others: str) -> Iterator[Forking]:
+    """A server for the commands that are run in `folder`; `others`: what libraries read when imported."""
+    env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | others
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -11,8 +11,10 @@ import http.server
 import json
 import re
 import shutil
+import ssl
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -72,13 +74,23 @@ class Hub(http.server.ThreadingHTTPServer):
         owners: the tokens that may make repositories, by owner. damaged: whether uploads lose a byte.
         received: what was sent to make repositories and commits, in order.
         only_public: whether what is made is public whatever was asked.
+        busy: the status and headers of an answer by which it is failing.
+        cuts: how many more times a large file is cut off after nine tenths of what was asked; -1 for ever.
+        spoilt: how many more times a large file is sent with another last byte. dripping: seconds for a block.
+        ranges: where each request for a large file began.
     """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Requests)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server_port}"
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        self.busy: tuple[int, dict[str, str]] = (503, {})
+        self.cuts = self.spoilt = 0
+        self.dripping = 0.0
+        self.ranges: list[int] = []
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.tokens: set[str] = set()
         self.requests: list[tuple[str, str, str | None, int]] = []
@@ -108,6 +120,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.server_close()
         self.store.cleanup()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Somebody who did not wait for the end."""
+
     def push(self, kind: str, name: str, folder: Path) -> str:
         """Make a folder the newest commit of a repository; the commit.
 
@@ -127,7 +142,7 @@ class Hub(http.server.ThreadingHTTPServer):
         for pattern, times in self.failing.items():
             if times and re.search(pattern, path):
                 self.failing[pattern] = times - 1
-                return error(503, None, "Service Unavailable")
+                return error(self.busy[0], None, "Service Unavailable", self.busy[1])
         if self.mood == "portal":
             return Answer(
                 200, b"<html>Accept the terms of this network</html>", {"Content-Type": "text/html"}
@@ -138,7 +153,11 @@ class Hub(http.server.ThreadingHTTPServer):
             self.large[found["sha256"]] = kept
             return Answer()
         if found := LARGE.fullmatch(path):
-            return Answer(200, self.large[found["sha256"]].read_bytes())
+            content = self.large[found["sha256"]].read_bytes()
+            if self.spoilt and method == "GET":
+                self.spoilt -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            return Answer(200, content)
         if token is not None and token not in self.tokens:
             return error(401, None, INVALID)
         if method == "POST":
@@ -309,8 +328,22 @@ class Requests(http.server.BaseHTTPRequestHandler):
         for name, value in (answer.headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "GET" and LARGE.fullmatch(path):
+            self._send_large(body, int(span[1]) if span else 0)
+        elif self.command != "HEAD":
             self.wfile.write(body)
+
+    def _send_large(self, body: bytes, start: int) -> None:
+        self.server.ranges.append(start)
+        if self.server.cuts:
+            self.server.cuts -= 1
+            body = body[: len(body) * 9 // 10]
+            self.close_connection = True
+        while body and self.server.dripping:
+            self.wfile.write(body[: 1 << 20])
+            body = body[1 << 20 :]
+            time.sleep(self.server.dripping)
+        self.wfile.write(body)
 
     def _sent(self) -> bytes:
         """The body of the request, chunked or not."""

@@ -106,6 +106,7 @@ WRONG_FLAGS = [
 
 
 @pytest.mark.promise("P9")
+@pytest.mark.case("D1", "D2", "D3")
 @pytest.mark.parametrize(
     ("args", "words"), WRONG_FLAGS, ids=[" ".join(args) for args, _ in WRONG_FLAGS]
 )
@@ -115,6 +116,7 @@ def test_wrong_flag(stages: Stages, tmp_path: Path, args: list[str], words: list
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.case("D2")
 @pytest.mark.parametrize("value", ["nan", "NaN", "inf", "-inf", "1e999"])
 def test_number_that_is_not_finite_in_environment_or_preset(
     stages: Stages, tmp_path: Path, value: str
@@ -126,6 +128,7 @@ def test_number_that_is_not_finite_in_environment_or_preset(
     refused(stages("--env-file", path, "train"), 2, repr(value), "WARMUP")
 
 
+@pytest.mark.case("D1")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -167,6 +170,7 @@ def test_secrets_file_that_is_not_utf8(stages: Stages, tmp_path: Path) -> None:
     assert "hf_canary" not in result.stdout + result.stderr
 
 
+@pytest.mark.case("D5")
 def test_make_override_that_is_no_setting(stages: Stages) -> None:
     overrides = {"MAKE_GIVEN": "LEARNIN_RATE PRESET"}
     refused(stages("train", env=overrides), 2, "LEARNIN_RATE", "Did you mean LEARNING_RATE?")
@@ -253,6 +257,7 @@ def test_missing_base_model(stages: Stages, tmp_path: Path, rows: Path) -> None:
     )
 
 
+@pytest.mark.case("C7")
 def test_base_that_needs_its_own_code(
     stages: Stages, tmp_path: Path, tiny: Path, rows: Path
 ) -> None:
@@ -262,6 +267,7 @@ def test_base_that_needs_its_own_code(
     refused(prepare(stages, tmp_path, base, rows), 78, str(base), "code of its own", "another base")
 
 
+@pytest.mark.case("C9")
 def test_encoder_decoder(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     from transformers import T5Config
 
@@ -289,12 +295,14 @@ def test_vocabulary_beyond_the_embeddings(
     refused(prepare(stages, tmp_path, base, rows), 65, "49152", "100")
 
 
+@pytest.mark.case("D4")
 def test_max_length_over_the_context(
     stages: Stages, tmp_path: Path, tiny: Path, rows: Path
 ) -> None:
     refused(prepare(stages, tmp_path, tiny, rows, MAX_LENGTH="513"), 2, "MAX_LENGTH 513", "512")
 
 
+@pytest.mark.case("C6")
 def test_weights_that_are_no_safetensors(
     stages: Stages, preset: Path, data_run: Path, tiny: Path
 ) -> None:
@@ -496,6 +504,7 @@ def test_flipped_byte_in_data_is_found_by_verify(stages: Stages, preset: Path, r
     refused(result, 65, str(path), "sha256")
 
 
+@pytest.mark.case("A26")
 def test_manifest_that_leaves_its_folder(stages: Stages, preset: Path, run: Path) -> None:
     path = run / "data" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -549,6 +558,7 @@ def test_checkpoints_that_belong_to_other_settings(stages: Stages, preset: Path,
 
 
 @pytest.mark.promise("P5")
+@pytest.mark.case("C3")
 def test_data_of_another_base(
     stages: Stages, preset: Path, data_run: Path, bases: dict[str, Path]
 ) -> None:
@@ -674,6 +684,7 @@ def trainings(
     return started
 
 
+@pytest.mark.case("C3", "C5", "D3")
 @pytest.mark.parametrize("name", TRAININGS)
 def test_training_is_refused(
     trainings: dict[str, "Future[Result]"], finished: Path, bases: dict[str, Path], name: str
@@ -694,6 +705,7 @@ def test_training_is_refused(
 # --- generation ------------------------------------------------------------------------------------
 
 
+@pytest.mark.case("D10", "H1")
 @pytest.mark.parametrize("asked", ["", "  \n"])
 def test_no_prompt(stages: Stages, preset: Path, run: Path, asked: str) -> None:
     result = stages("--env-file", preset, "generate", "--run-dir", run, stdin=asked)
@@ -718,6 +730,7 @@ BAD_PROMPTS = [
 ]
 
 
+@pytest.mark.case("H1")
 @pytest.mark.parametrize(
     ("name", "content", "words"), BAD_PROMPTS, ids=[name for name, *_ in BAD_PROMPTS]
 )

@@ -100,6 +100,7 @@ def test_the_log_is_json_lines(evaluated: Result) -> None:
     assert {"base", "tuned"} <= {line.get("side") for line in lines}
 
 
+@pytest.mark.promise("P7")
 def test_the_key_is_nowhere(evaluated: Result, folder: Path, server: Endpoint) -> None:
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert KEY not in evaluated.stdout + evaluated.stderr

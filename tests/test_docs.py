@@ -80,6 +80,7 @@ def test_the_secrets_example_is_the_subset_that_docker_reads() -> None:
         assert line.startswith("#") or re.fullmatch(r"[A-Z_]+=[^'\" ]*", line), line
 
 
+@pytest.mark.case("D10")
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -121,6 +121,7 @@ def test_the_adapter_loads_in_plain_peft_with_equal_logits(smoke: Path, sample_m
     assert not torch.allclose(found, without)
 
 
+@pytest.mark.case("C11")
 def test_the_merged_model_loads_plainly_and_says_the_same(smoke: Path, sample_model: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -219,6 +220,7 @@ def test_the_account_of_the_adapters_health_is_kept(smoke: Path) -> None:
     assert evaluated | {"logit_change": None} == trained | {"logit_change": None}
 
 
+@pytest.mark.case("H8")
 @pytest.mark.parametrize(
     ("factor", "value", "words"),
     [("lora_A", torch.nan, "not finite, "),
@@ -528,6 +530,7 @@ def test_corrupt_artifacts_are_mended_as_their_error_says(
     assert run_stages(tmp_path, "prepare-data", "--force", env=env).returncode == 0
 
 
+@pytest.mark.case("H7")
 def test_without_held_out_rows_it_trains_and_evaluate_says_so(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def manifest(made: Forking) -> dict[str, Any]:
 # --- one prompt ------------------------------------------------------------------------------------
 
 
+@pytest.mark.case("D10")
 def test_a_prompt_is_answered_in_text_or_json_and_leaves_nothing(
     made: Forking, generate: Any
 ) -> None:
@@ -105,11 +106,14 @@ def test_a_setting_that_changes_nothing_is_told(generate: Any) -> None:
     assert "TEMPERATURE is 0, so TOP_P change" in done.stderr
 
 
+@pytest.mark.case("H4", "H5")
 @pytest.mark.parametrize(
     ("args", "word"),
     [
         (["--stop", ""], "empty"), (["--stop", '["a", "b"'], "no JSON list"), (["--top-p", "0"], "top-p"),
         (["--stop", '["a", 1]'], "what is none"), (["--temperature", "nan"], "temperature"),
+        (["--temperature", "-0.1"], "temperature"), (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--max-new-tokens", "1000000000"], "512 tokens"),
     ],
 )  # fmt: skip
 def test_what_sampling_cannot_be(generate: Any, args: list[str], word: str) -> None:
@@ -149,6 +153,7 @@ def republish(folder: Path, **inputs: Any) -> None:
     path.write_text(json.dumps(known | {"inputs": known["inputs"] | inputs}))
 
 
+@pytest.mark.case("C3")
 @pytest.mark.parametrize(
     ("change", "code", "word"),
     [("nan", 82, "not finite"), ("shape", 65, "another base"), ("base", 65, "belongs to another base")],
@@ -220,6 +225,7 @@ def test_a_file_of_prompts_and_conversations(made: Forking, generate: Any) -> No
     )
 
 
+@pytest.mark.case("H2", "H4")
 def test_a_prompt_that_is_too_long_is_named_before_the_weights_are_read(
     made: Forking, generate: Any, tiny: Path
 ) -> None:

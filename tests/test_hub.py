@@ -84,6 +84,7 @@ def holding(folder: Path, text: str) -> list[Path]:
     ]
 
 
+@pytest.mark.promise("P7")
 def test_base_and_data_from_the_hub(
     stages: Stages, tmp_path: Path, hub: Hub, preset: Path, other_tiny: Path
 ) -> None:
@@ -209,6 +210,7 @@ def prepare(stages: Stages, tmp_path: Path, rows: Path, **env: str) -> Result:
 
 
 @pytest.mark.promise("P9")
+@pytest.mark.case("C1")
 @pytest.mark.parametrize(
     "closed", [False, True], ids=["gate before the files", "gate before the list"]
 )
@@ -256,6 +258,7 @@ def test_token_from_the_secrets_file(stages: Stages, tmp_path: Path, rows: Path,
     assert holding(tmp_path, CANARY) == [secrets]
 
 
+@pytest.mark.case("C2")
 @pytest.mark.parametrize("token", [None, CANARY], ids=["no token", "token"])
 def test_missing_or_private_repository(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub, token: str | None
@@ -273,6 +276,7 @@ def test_missing_or_private_repository(
     assert "owner/tiny" in sentence(prepare(stages, tmp_path, rows, **env), 66)
 
 
+@pytest.mark.case("C2")
 @pytest.mark.parametrize(
     ("variable", "name"), [("BASE_REVISION", "owner/tiny"), ("DATASET_REVISION", "owner/data")]
 )
@@ -312,6 +316,34 @@ def test_model_without_a_config(stages: Stages, tmp_path: Path, rows: Path, hub:
     assert "owner/gguf" in said
 
 
+@pytest.mark.case("B22")
+def test_data_that_changed_on_the_hub_between_attempts(
+    stages: Stages, tmp_path: Path, hub: Hub, preset: Path
+) -> None:
+    """A pinned revision is the same bytes; without one the newest is taken whole, and recorded."""
+    old = hub.repositories["datasets", "owner/data"].main
+    args = ["--env-file", preset, "prepare-data", "--run-dir"]
+    env = {"HF_ENDPOINT": hub.url, "DATASET_REVISION": old}
+    killed = stages(*args, tmp_path / "run", env=env | {"FAILPOINTS": "publish.manifest:kill"})
+    assert killed.returncode == -9, killed.stderr
+    folder = tmp_path / "later"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "### Human: New?### Assistant: Yes."}\n' * 3)
+    new = hub.push("datasets", "owner/data", folder)
+    found = {}
+    for name, given in (("run", env), ("other", {"HF_ENDPOINT": hub.url})):
+        again = stages(*args, tmp_path / name, env=given)
+        assert again.returncode == 0, again.stderr
+        found[name] = manifest(tmp_path / name / "data")
+    (source,) = found["run"]["inputs"]["dataset"]["sources"]
+    assert source["revision"] == old
+    assert found["run"]["metrics"]["rows_kept"] == 40
+    (source,) = found["other"]["inputs"]["dataset"]["sources"]
+    assert source["revision"] == new
+    assert found["other"]["metrics"]["rows_read"] == 3
+
+
+@pytest.mark.case("F1")
 def test_no_network(stages: Stages, tmp_path: Path, rows: Path) -> None:
     with socket.socket() as closed:  # bound, so that nobody else gets it, but not listening
         closed.bind(("127.0.0.1", 0))
@@ -324,6 +356,7 @@ def test_no_network(stages: Stages, tmp_path: Path, rows: Path) -> None:
     nothing_left(tmp_path / "run", 75)
 
 
+@pytest.mark.case("F1")
 @pytest.mark.parametrize("mood", ["503", "hang-up", "portal"])
 def test_hub_that_is_not_itself(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub, mood: str
@@ -344,6 +377,7 @@ def test_address_without_a_scheme(stages: Stages, tmp_path: Path, rows: Path) ->
     assert "HF_ENDPOINT" in said
 
 
+@pytest.mark.case("C1")
 def test_token_that_no_header_can_carry(
     stages: Stages, tmp_path: Path, rows: Path, hub: Hub
 ) -> None:

@@ -235,6 +235,7 @@ def test_adapters_are_added_up_exactly_and_anew_when_one_changes(
     assert any(not torch.equal(tensor, found[name]) for name, tensor in again.items())
 
 
+@pytest.mark.case("C13")
 def test_a_sum_that_is_wrong_is_caught(base: Base, runs: dict[str, Path], tmp_path: Path) -> None:
     """The weights are held against what each adapter adds, not against their sum as peft wrote it."""
     from stages.lib.model import combining

@@ -39,7 +39,7 @@ def export(ctx: click.Context, /, gguf_type: str, **run_settings: object) -> Non
         from stages.lib.run.progress import say
 
         base, tokens = Base(str(merged.path), None), Tokens(merged.path)
-        base.fetch()
+        base.fetch(verify=run.deep)
         chat_format = Format.load(made.path, tokens)
         fields = gguf_vocabulary.fields(tokens, chat_format, base.config["vocab_size"])
         job = exporting.Export(

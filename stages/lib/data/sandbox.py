@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from stages.lib.run.exits import BadSetting
+from stages.lib.run.exits import BadData, BadSetting
 
 Render = Callable[[dict[str, Any]], str]
 
@@ -16,13 +16,14 @@ def compiled(source: str, name: str, date: str) -> Render:
         name: of it, for messages. date: what it is told of the day, `YYYY-MM-DD`.
 
     Raises:
-        BadSetting: it is not valid Jinja.
+        BadSetting: it is not valid Jinja. The function itself: BadData, where a text takes too much to render.
     """
     import datetime
 
     import jinja2
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from stages.lib.data.limited import Limited, Runaway
 
     class Generation(Extension):
         """`{% generation %}`, by which some templates mark answers; here they are found by rendering."""
@@ -43,7 +44,7 @@ def compiled(source: str, name: str, date: str) -> Render:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
 
     day = datetime.datetime.fromisoformat(date)
-    environment = ImmutableSandboxedEnvironment(
+    environment = Limited(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
@@ -60,6 +61,13 @@ def compiled(source: str, name: str, date: str) -> Render:
     def render(variables: dict[str, Any]) -> str:
         # As `Template.render`, which copies a chain of dictionaries each time and takes twice as long.
         context = template.new_context({**given, **variables}, shared=True)
-        return "".join(template.root_render_func(context))
+        environment.spent = 0
+        try:
+            return environment.concat(template.root_render_func(context))
+        except (Runaway, RecursionError, MemoryError, OverflowError) as error:
+            raise BadData(
+                f"the chat template {name} runs away: it takes more steps or text than any conversation needs; "
+                "choose another CHAT_FORMAT or base"
+            ) from error
 
     return render

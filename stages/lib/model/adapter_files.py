@@ -10,6 +10,7 @@ from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import BadData, BadSetting, Missing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLE = "adapter_model.bin"
 
 
 class Part(NamedTuple):
@@ -23,11 +24,17 @@ def find(path: Path, setting: str = "INIT_ADAPTER") -> Path:
     """The folder of an adapter, given itself or its run directory.
 
     Raises:
-        Missing: it is in neither; `setting` named it.
+        Missing: it is in neither; `setting` named it. BadData: its weights are a pickle.
     """
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
+    for folder in (path, path / "adapter"):
+        if (folder / PICKLE).is_file():
+            raise BadData(
+                f"{setting}: {folder} has its weights in {PICKLE}, a pickle, which can hold a program and is "
+                f"never read; where you trust it, have peft save it again, as {WEIGHTS}"
+            )
     raise Missing(
         f"{setting}: there is no adapter in {path.absolute()}: {CONFIG} and {WEIGHTS} are looked for"
     )

@@ -13,6 +13,7 @@ from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
 from stages.lib.run.progress import say
 
 BLOCKS, BLOCK = 64, 4096
+OTHER_SENSES = ("vision_config", "audio_config", "speech_config")
 
 
 class Base:
@@ -47,8 +48,8 @@ class Base:
             return {"name": self.name, "fingerprint": fingerprint(self.path)}
         return {"name": self.name}
 
-    def fetch(self, weights: bool = True) -> Path:
-        """Bring it to local disk; the folder that holds it."""
+    def fetch(self, weights: bool = True, verify: bool = False) -> Path:
+        """Bring it to local disk, and hash again what was there if told; the folder that holds it."""
         if self.is_sample:
             self.folder, self.commit = sample.folder(), sample.REVISION
         elif self.is_local:
@@ -56,7 +57,7 @@ class Base:
         else:
             what = "model" if weights else "tokenizer"
             say(f"fetching the {what} of {self.name}")
-            self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
+            self.folder, self.commit = hub.snapshot(self.name, self.revision, what, verify)
         self._check(weights)
         return self.folder
 
@@ -110,14 +111,31 @@ class Base:
         except (ValueError, TypeError) as error:
             raise BadData(f"{path} is not valid JSON; fetch the model again") from error
 
+    def _tokenizer_config(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / "tokenizer_config.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}  # whoever reads the tokenizer says what is wrong with it
+
     def _check(self, weights: bool) -> None:
-        if "auto_map" in self.config:
+        if "auto_map" in self.config or "auto_map" in self._tokenizer_config():
             raise CannotRun(
                 f"{self.name} needs code of its own, which is never run here; choose another base"
             )
         if self.config.get("is_encoder_decoder"):
             raise CannotRun(
                 f"{self.name} is an encoder-decoder; only causal language models can be tuned"
+            )
+        method = self.config.get("quantization_config")
+        if method is not None:
+            named = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+            raise CannotRun(
+                f"{self.name} is quantised already ({named}); name the model that it was made from, and choose "
+                "BASE_PRECISION"
+            )
+        if any(part in self.config for part in OTHER_SENSES):
+            raise CannotRun(
+                f"{self.name} sees or hears beside reading; only models of text alone can be tuned"
             )
         if weights and not any(self.folder.glob("*.safetensors")):
             raise BadData(

@@ -10,6 +10,9 @@ from stages.lib.model import fp8
 from stages.lib.model.base import Base
 from stages.lib.run.exits import BadData, CannotRun
 
+# What transformers says of a base that it cannot make a causal language model of.
+UNKNOWN = ("Unrecognized configuration class", "does not recognize this architecture", "model_type")
+
 
 def device() -> torch.device:
     """The GPU, where there is one."""
@@ -89,6 +92,13 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     except SafetensorError as error:
         raise BadData(
             f"the weights of {base.name} cannot be read ({error}); fetch it again"
+        ) from error
+    except ValueError as error:
+        if not any(words in str(error) for words in UNKNOWN):
+            raise
+        raise CannotRun(
+            f"{base.name} is no causal language model that this transformers knows "
+            f"(model_type {base.config.get('model_type')!r}); choose another base"
         ) from error
     odd = sorted(str(key) for key in report["mismatched_keys"])
     if odd:

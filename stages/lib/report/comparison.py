@@ -14,6 +14,7 @@ from stages.lib.report.answers import SIDES, Answer
 from stages.lib.report.preview import visible
 from stages.lib.report.statistics import LEVEL, Interval, ratio_intervals, sign_flip
 from stages.lib.report.table import table
+from stages.lib.run.exits import GateFailed
 
 FILE = "evaluation.json"
 SCHEMA = 2
@@ -86,7 +87,17 @@ def held_out(found: Conversations, names: Sequence[str], seed: int) -> Figures:
 
     Args:
         names: of the sources.
+
+    Raises:
+        GateFailed: a loss is not finite.
     """
+    for side in SIDES:
+        lost = int((~np.isfinite(found.nll[side])).sum())
+        if lost:
+            raise GateFailed(
+                f"the loss of the {side} model is not finite in {lost} of {len(found)} held-out conversations; "
+                "look for NaN in its weights, or choose another BASE_PRECISION"
+            )
     rows = [*(found.nll[s] for s in SIDES), *(found.hits[s] for s in SIDES)]
     rows += [found.change(found.nll), found.change(found.hits)]
     values = [_ratio(row, found.tokens) for row in rows]

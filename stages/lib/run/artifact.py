@@ -12,11 +12,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from stages.lib.run import failpoints, preemption, volume
+from stages.lib.run import failpoints, manifests, preemption, redaction, volume
 from stages.lib.run.exits import BadData, CannotWrite, InUse, TryAgain
 from stages.lib.run.holder import ANYONE, Holder
 from stages.lib.run.progress import say
@@ -28,7 +28,6 @@ from stages.lib.run.volume import writing as writing
 
 MANIFEST = "manifest.json"
 DRAFT = "draft.json"  # beside what is unfinished: what it is made from, or nothing
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Draft:
         def attempt() -> dict[str, Any]:
             failpoints.reach("publish.file")
             (self.path / name).unlink(missing_ok=True)
-            return volume.copy(source, self.path / name)
+            return volume.copy(source, self.path / name, redaction.blocks)
 
         self.by.check_held()
         with writing(self.path):
@@ -179,7 +178,11 @@ class Draft:
 
     def finish(self, manifest: dict[str, Any]) -> Artifact:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
-        whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
+        whole = (
+            {"schema": manifests.SCHEMA}
+            | redaction.plain(manifest)
+            | {"files": dict(sorted(self._entries.items()))}
+        )
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         self.by.check_held()
         with writing(self.path):
@@ -253,7 +256,10 @@ def check_ours(target: Path) -> None:
 
 def foreign(folder: Path) -> list[str]:
     """Files in an artifact that its manifest does not name."""
-    manifest = _manifest(folder / MANIFEST)
+    try:
+        manifest = manifests.read(folder / MANIFEST)
+    except BadData:
+        manifest = None  # of which nothing is believed
     if manifest is None:
         return []
     own = {*manifest["files"], MANIFEST, DRAFT}
@@ -267,18 +273,17 @@ def load(folder: Path, deep: bool = False) -> Artifact | None:
     Raises:
         BadData: a file is missing, has another size or hash, or a name leaves the folder.
     """
-    path = folder / MANIFEST
-    manifest = volume.patiently(lambda: _manifest(path))
-    if manifest is None:
+    said = volume.patiently(lambda: manifests.read(folder / MANIFEST))
+    if said is None:
         return None
-    if manifest["schema"] != SCHEMA:
-        raise BadData(
-            f"{path} has schema {manifest['schema']}, this version reads {SCHEMA}; run its stage again with "
-            "--force"
-        )
-    for name, entry in manifest["files"].items():
-        _check(folder, name, entry, deep)
-    return Artifact(folder, manifest)
+    for name, entry in said["files"].items():
+        manifests.check_file(folder, name, entry["bytes"])
+        if deep and sha256(folder / name) != entry["sha256"]:
+            raise BadData(
+                f"{folder / name} does not have the sha256 that its manifest says: it is corrupt; "
+                f"{manifests.RERUN}"
+            )
+    return Artifact(folder, said)
 
 
 def fetch(made: Artifact, folder: Path) -> Path:
@@ -292,31 +297,3 @@ def fetch(made: Artifact, folder: Path) -> Path:
         if volume.patiently(functools.partial(volume.copy, source, target)) != entry:
             raise BadData(f"{source} is corrupt: it is not what its manifest says")
     return folder
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """What a manifest says, or None where there is none or it was cut off while it was written."""
-    try:
-        manifest = json.loads(path.read_bytes())
-        return manifest | {"files": dict(manifest["files"]), "schema": manifest["schema"]}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _check(folder: Path, name: str, entry: dict[str, Any], deep: bool) -> None:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or (folder / name).is_symlink():
-        raise BadData(f"{folder / MANIFEST} names {name!r}, which leaves the artifact")
-    path = folder / name
-    remedy = "run the stage that makes it again with --force"
-    if not path.is_file():
-        raise BadData(f"{path} is missing from its artifact; {remedy}")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise BadData(
-            f"{path} has {size} bytes, its manifest says {entry['bytes']}: it is corrupt; {remedy}"
-        )
-    if deep and sha256(path) != entry["sha256"]:
-        raise BadData(
-            f"{path} does not have the sha256 that its manifest says: it is corrupt; {remedy}"
-        )

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import endings, exits, failpoints, lease, notes, preemption
+from stages.lib.run import endings, exits, failpoints, lease, notes, preemption, redaction
 from stages.lib.run.exits import InUse, NoProgress, Stopped
 from stages.lib.run.holder import ANYONE
 from stages.lib.run.progress import say
@@ -193,7 +193,7 @@ class Attempt:
         """Record the end, and return what it amounts to: after the third in vain it is not worth another."""
         known = exits.classify(error) if error else None
         code = known.exit_code if known else exits.NoProgress.exit_code if error else 0
-        said = known.format_message() if known else repr(error) if error else ""
+        said = redaction.said(known.format_message() if known else repr(error) if error else "")
         self.record |= {
             "end": code,
             "said": f"ended with {code}: {said}",

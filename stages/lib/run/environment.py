@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,12 @@ from stages.lib.run.exits import BadSetting
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
 )  # fmt: skip
+SECRETS_FILE = "secrets.env"
+# Of which each may hold USER:PASSWORD@.
+ADDRESSES = (
+    "DATASET", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy",
+)  # fmt: skip
+OPENER = re.compile(r"://([^\s/?#@]+:[^\s/?#]+)@")
 
 
 def lines_of(path: Path) -> dict[str, str]:
@@ -23,9 +30,12 @@ def lines_of(path: Path) -> dict[str, str]:
         with path.open(encoding="utf-8") as file:
             for line in parse_stream(file):
                 place = f"{path}:{line.original.line}"
+                bad = line.error or (line.key and line.value is None)
+                if bad and path.name == SECRETS_FILE:  # whatever it is, it may be a secret
+                    raise BadSetting(f"{place} is no NAME=value; mend it")
                 if line.error:
                     raise BadSetting(f"{place} is no NAME=value: {line.original.string.strip()!r}")
-                if line.key and line.value is None:
+                if bad:
                     raise BadSetting(
                         f"{place} names {line.key} without a value: write {line.key}=VALUE"
                     )
@@ -38,7 +48,7 @@ def lines_of(path: Path) -> dict[str, str]:
 
 def load_secrets(folder: Path) -> None:
     """Put the secrets of `env/secrets.env`, where there is one, into the environment of the libraries."""
-    path = folder / "secrets.env"
+    path = folder / SECRETS_FILE
     if path.is_file():
         for key, value in lines_of(path).items():
             if value and not os.environ.get(key):
@@ -46,6 +56,15 @@ def load_secrets(folder: Path) -> None:
     for key in SECRETS:
         if os.environ.get(key) == "":  # empty means unset
             del os.environ[key]
+
+
+def secrets() -> tuple[str, ...]:
+    """The values that must not be written anywhere: of the secrets, and what opens an address in these."""
+    values = [os.environ[name] for name in SECRETS if os.environ.get(name)]
+    for name in ADDRESSES:
+        for opener in OPENER.findall(os.environ.get(name, "")):
+            values += [opener, opener.partition(":")[2]]
+    return tuple(value for value in values if value)
 
 
 def has_token() -> bool:
@@ -61,6 +80,31 @@ def judge_key() -> str | None:
 def cache_dir() -> Path:
     """The user's cache folder for this product."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
+
+
+def have_home() -> None:
+    """Give a process without a home, as under a UID that nobody knows, one in scratch; and a name.
+
+    A home that cannot be written stays, for what may lie in it: the caches alone go elsewhere.
+    """
+    home = os.path.expanduser("~")
+    names = ("LOGNAME", "USER", "LNAME", "USERNAME")
+    if not any(map(os.environ.get, names)) and home == "~":  # torch asks for it
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    cache = Path(home, ".cache")
+    if home != "~" and os.access(cache if cache.is_dir() else home, os.W_OK):
+        return
+    folder = scratch_parent() / f"lora-stages-home-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return  # somebody else's; whoever needs a home says so
+    if home == "~":
+        os.environ["HOME"] = str(folder)
+    elif not os.environ.get("XDG_CACHE_HOME"):
+        os.environ["XDG_CACHE_HOME"] = str(folder / ".cache")
+        if (cache / "huggingface").is_dir():
+            os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
 
 
 def keep_compiled() -> None:

@@ -12,6 +12,7 @@ import stat
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -199,6 +200,9 @@ class Reported:
     run_dir: Path | None = None
     attempt: Attempt | None = None
 
+    def __init__(self, said: Callable[[str], str] = str) -> None:
+        self.said = said
+
     def __enter__(self) -> "Reported":
         return self
 
@@ -235,7 +239,8 @@ class Reported:
 
     def _say(self, error: StageError) -> None:
         prefix = f"{self.stage}: " if self.stage else ""
-        click.echo(f"{prefix}{error.format_message()} [exit {error.exit_code}]", err=True)
+        message = self.said(error.format_message())
+        click.echo(f"{prefix}{message} [exit {error.exit_code}]", err=True)
 
     def _record(self, known: click.ClickException | None, error: BaseException) -> int:
         row = endings.ending(getattr(known, "slug", "usage" if known else "fault"))
@@ -244,7 +249,9 @@ class Reported:
             "exit": row.code,
             "code": row.slug,
             "retryable": row.retry,
-            "message": known.format_message() if known else f"{type(error).__name__}: {error}",
+            "message": self.said(
+                known.format_message() if known else f"{type(error).__name__}: {error}"
+            ),
             "hint": row.hint,
             "attempt": self.attempt.number if self.attempt else None,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

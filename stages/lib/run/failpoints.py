@@ -26,6 +26,8 @@ POINTS = {
     "publish.manifest": "all files are there, the manifest is not",
     "publish.written": "the manifest is written, its folder not flushed",
     "publish.done": "an artifact is published",
+    "download.block": "a block of a file of the hub is written",
+    "download.whole": "a file of the hub is whole, and not in its place",
     "grow.line": "before a line of a growing file is written",
     "checkpoint.save": "a checkpoint lies whole in scratch",
     "checkpoint.saved": "a checkpoint is published, older ones are still there",

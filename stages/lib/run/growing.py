@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact, failpoints, preemption, volume
+from stages.lib.run import artifact, failpoints, preemption, redaction, volume
 from stages.lib.run.artifact import DRAFT, MANIFEST, Artifact, Draft, retire, writing
 from stages.lib.run.exits import InUse
 from stages.lib.run.holder import ANYONE, Holder
@@ -100,7 +100,8 @@ class Growing(Draft):
         Raises:
             CannotWrite: the disk is full; the lines before it stay.
         """
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = redaction.line(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode())
+        line += b"\n"
         if time.monotonic() - self._checked > CHECK_SECONDS:
             self.by.check_held()
             self._checked = time.monotonic()

@@ -1,18 +1,27 @@
 """The Hugging Face hub: a repository pinned to a commit and brought to local disk, its errors told apart."""
 
+import contextlib
 import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
 from errno import ENOSPC
 from pathlib import Path
+from typing import Any
 
-from stages.lib.run import environment
+from stages.lib.run import downloads, environment, patience
 from stages.lib.run.exits import (
+    BadData,
     BadSetting,
+    CannotRun,
     CannotWrite,
     Missing,
     NoPermission,
     StageError,
     TryAgain,
 )
+from stages.lib.run.progress import say
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 FILES = {
@@ -35,38 +44,82 @@ FILES = {
         ),
     ],
 }
+# By the codes of OpenSSL.
+OUT_OF_DATE = {9: "is not valid yet", 10: "has expired"}
 
 
-def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, str]:
+def snapshot(
+    repository: str, revision: str | None, what: str, verify: bool = False
+) -> tuple[Path, str]:
     """Local folder and commit (40 hex digits) of a hub repository.
+
+    Files that are not what the hub says they are, are fetched again once.
 
     Args:
         repository: the hub id, `owner/name`.
         revision: branch, tag or commit; None is the default branch.
         what: `model`, `tokenizer` (a model without its weights) or `dataset`.
+        verify: hash also the large files that were in the cache; those that arrive now always are.
 
     Raises:
         NoPermission: gated, private, or a wrong token. Missing: no such repository, revision or cached file.
-        TryAgain: the hub or the network failed.
+        TryAgain: the hub or the network failed. BadData: what is there is damaged, and cannot be mended.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
-
+    patience.Patience().use()
     try:
-        folder = snapshot_download(
-            repository,
-            repo_type="dataset" if what == "dataset" else "model",
-            revision=revision,
-            allow_patterns=FILES[what],
-        )
+        folder = _fetched(repository, revision, what)
+        damaged = downloads.damaged(folder, verify)
+        if damaged and not constants.HF_HUB_OFFLINE:
+            say(f"{', '.join(map(str, damaged))} is damaged: fetching it again")
+            for path in damaged:
+                downloads.discard(path)
+            folder = _fetched(repository, folder.name, what)
+            damaged = downloads.damaged(folder, verify)
     except (OSError, ValueError, EntryNotFoundError, http_error) as error:
         known = told_apart(error, repository, revision)
         if known is None:
             raise
         raise known from error
-    return Path(folder), Path(folder).name
+    if damaged:
+        raise BadData(
+            f"{damaged[0]} is damaged; fetch {repository} anew, with the hub within reach and another HF_HOME"
+        )
+    return folder, folder.name
+
+
+def _fetched(repository: str, revision: str | None, what: str) -> Path:
+    """The folder of a snapshot in the cache: its large files brought by us, the others by the hub's library."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    kind, wanted = "dataset" if what == "dataset" else "model", FILES[what]
+
+    def cached(**how: bool) -> Path:
+        found = snapshot_download(
+            repository, repo_type=kind, revision=revision, allow_patterns=wanted, **how
+        )
+        return Path(found)
+
+    # With the list of a commit's files there, its library can tell without the hub whether they are all there.
+    if revision and (downloads.storage(repository, kind) / "trees" / f"{revision}.json").is_file():
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return cached(local_files_only=True)
+    for seconds in (*patience.PAUSES, None):
+        try:
+            downloads.bring(repository, kind, revision, wanted)
+            return cached()
+        except (HfHubHTTPError, ConnectionError, *patience.network_errors()) as error:
+            failure = error
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return cached(local_files_only=True)
+        if seconds is None or not isinstance(told_apart(failure, repository, revision), TryAgain):
+            break
+        patience.pause(seconds)
+    raise failure
 
 
 def told_apart(
@@ -102,9 +155,7 @@ def told_apart(
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             return NoPermission(f"the hub refused {repository} ({status}); {_token_remedy()}")
-        return TryAgain(
-            f"the hub failed for {repository} (status {status}); run the same command again"
-        )
+        return _failed(repository, error, status)
     if isinstance(error, UnicodeEncodeError):  # a header
         return NoPermission("HF_TOKEN holds a character that no token has; copy it anew")
     if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
@@ -112,14 +163,58 @@ def told_apart(
     module = type(error).__module__.partition(".")[0]
     web = module in ("httpx", "httpx2", "requests") or isinstance(error, json.JSONDecodeError)
     if web or isinstance(error, (ConnectionError, TimeoutError)):
-        return _no_answer(repository, error)
+        return _unsafe(error) or _no_answer(repository, error)
+    return None
+
+
+def _failed(repository: str, error: Any, status: int) -> StageError:
+    """An answer that another time may be a better one."""
+    seconds = patience.asked_for(status, error.response.headers) if error.response else None
+    if seconds is not None:
+        return TryAgain(
+            f"the hub asks to wait {seconds:.0f} s for {repository} ({status}); run the same command then"
+        )
+    hint = (
+        "" if status != 429 or environment.has_token() else " later; with HF_TOKEN it allows more"
+    )
+    return TryAgain(
+        f"the hub failed for {repository} (status {status}); run the same command again{hint}"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unsafe(error: BaseException | None) -> StageError | None:
+    """The refusal of a certificate, or None where none was refused."""
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            if cause.verify_code in OUT_OF_DATE:
+                now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+                return CannotRun(
+                    f"the hub's certificate {OUT_OF_DATE[cause.verify_code]}: is the clock of this machine "
+                    f"right? It says {now} UTC"
+                )
+            return CannotRun(
+                f"the hub's certificate is not trusted ({cause.verify_message}); where a proxy or a mirror has "
+                "one of its own, name the file of its authority in SSL_CERT_FILE"
+            )
     return None
 
 
 def _no_answer(repository: str, error: BaseException | None) -> StageError:
+    names = {type(cause) for cause in _causes(error)}
+    why, remedy = type(error).__name__, "check the network"
+    if socket.gaierror in names:
+        why, remedy = "its name is not known", "check the network, its DNS, and HF_ENDPOINT"
+    elif "ProxyError" in why:
+        why, remedy = "the proxy does not let it through", "check HTTPS_PROXY"
     return TryAgain(
-        f"the hub did not answer for {repository} ({error.__class__.__name__}), and it is not in the cache; "
-        "check the network, then run the same command"
+        f"the hub did not answer for {repository} ({why}), and it is not in the cache; {remedy}, then run the "
+        "same command"
     )
 
 

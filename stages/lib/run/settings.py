@@ -11,15 +11,15 @@ from typing import Any
 
 import click
 
-from stages.lib.run import environment, failpoints, preemption, progress
-from stages.lib.run.exits import BadSetting
+from stages.lib.run import environment, failpoints, preemption, progress, redaction
+from stages.lib.run.exits import BadSetting, CannotWrite
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # What the libraries and `environment.scratch_parent` read, beside the settings; proxies in both spellings.
 OTHERS = (
     "SCRATCH_DIR", "MAKE_GIVEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
 )  # fmt: skip
 MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "EXTRAS", "PYTHON", "HF_HOME")
 ORIGINS = {
@@ -85,11 +85,18 @@ class Stage(click.Command):
             outcome.last_words,
         )
         failpoints.arm()
+        environment.have_home()
         environment.quiet_libraries()
         environment.keep_compiled()
         progress.start(str(ctx.info_name))
         progress.say(announcement(ctx))
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # else click makes it an exit with 1
+            if error.filename:
+                raise
+            redaction.drop_output()
+            raise CannotWrite("nobody reads standard output any more; send it to a file") from error
 
 
 class Stages(click.Group):
@@ -186,8 +193,10 @@ def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
 def _plain(option: Setting, value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, tuple):
-        return list(value) if option.multiple else ",".join(value)
-    return option.shown(str(value)) if isinstance(value, (Path, str)) else value
+        value = list(value) if option.multiple else ",".join(value)
+    elif isinstance(value, (Path, str)):
+        value = option.shown(str(value))
+    return redaction.plain(value)
 
 
 def expected(ctx: click.Context, variable: str, recorded_from: str) -> Any:

@@ -77,11 +77,22 @@ class Stream:
         return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
 
 
-def copy(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a file in sequence to a new one; its size and hash."""
+def _blocks(file: Any, suffix: str, size: int) -> Iterator[bytes]:
+    while block := file.read(size):
+        yield block
+
+
+def copy(
+    source: Path, target: Path, blocks: Callable[[Any, str, int], Iterator[bytes]] = _blocks
+) -> dict[str, Any]:
+    """Copy a file in sequence to a new one; its size and hash.
+
+    Args:
+        blocks: of an open file with a suffix, of about so many bytes, as they are to be written.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, stream(target) as write:
-        while block := read.read(BLOCK):
+        for block in blocks(read, source.suffix, BLOCK):
             write.write(block)
     return write.entry()
 

@@ -45,6 +45,22 @@ def test_what_stands_before_a_prompt(tmp_path: Path, line: Any, turns: list[Turn
     assert one.said == Conversation(tuple(turns))
 
 
+@pytest.mark.case("H3")
+@pytest.mark.parametrize("name", ["asked.txt", "asked.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, name: str) -> None:
+    line = "Why?" if name.endswith("txt") else '{"prompt": "Why?"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    (one,) = prompts.read(None, tmp_path / name, None)
+    assert one.said == Conversation((USER,))
+
+
+@pytest.mark.case("H1")
+@pytest.mark.parametrize("asked", ["", " ", "\n\t"])
+def test_an_empty_prompt_is_none(asked: str) -> None:
+    with pytest.raises(BadSetting, match="nothing is asked"):
+        prompts.read(asked, None, None)
+
+
 def test_a_line_keeps_its_place_and_id(tmp_path: Path) -> None:
     asked = prompts.read(
         None, written(tmp_path, {"prompt": "a", "id": [1], "more": 2}, "", {"prompt": "b"}), None

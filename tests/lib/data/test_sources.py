@@ -109,6 +109,7 @@ def test_items_that_are_none(dataset: str, words: str, tmp_path: Path) -> None:
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.promise("P7")
 def test_names_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shown in (
         ("owner/a@v1=2", "owner/a@v1=2"),

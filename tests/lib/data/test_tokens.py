@@ -26,6 +26,7 @@ def tokens(request: pytest.FixtureRequest, tokenizers: Tokenizers) -> Tokens:
     return tokenizers(request.param)
 
 
+@pytest.mark.case("C10")
 def test_llama_pads_with_unk_and_never_grows(tokenizers: Tokenizers) -> None:
     for kind in KINDS[1:]:
         tokens = tokenizers(kind)
@@ -33,6 +34,7 @@ def test_llama_pads_with_unk_and_never_grows(tokenizers: Tokenizers) -> None:
         assert len(tokens) == 32000
 
 
+@pytest.mark.case("C10")
 def test_the_embedded_model_does_not_pad_with_eos(sample_model: Path) -> None:
     tokens = Tokens(sample_model)
     config = json.loads((sample_model / "tokenizer_config.json").read_text())
@@ -40,6 +42,7 @@ def test_the_embedded_model_does_not_pad_with_eos(sample_model: Path) -> None:
     assert tokens.pad != tokens.eos
 
 
+@pytest.mark.case("C10")
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|endoftext|>", None])
 def test_what_is_saved_pads_as_the_base_does(
     sample_model: Path, tmp_path: Path, pad: str | None

@@ -28,6 +28,7 @@ def ids_of(tokens: Tokens, text: str) -> list[int]:
     return list(tokens.backend.encode(text).ids)
 
 
+@pytest.mark.case("H6")
 @pytest.mark.parametrize(
     ("said", "ends", "text", "finish"),
     [

@@ -75,6 +75,7 @@ def test_it_is_what_peft_makes_of_it_in_one_file_or_in_many(
     assert report["tokens"] == sum(map(len, ROWS))
 
 
+@pytest.mark.case("C14")
 @pytest.mark.parametrize("precision", ["nf4", "int8", "fp8"])
 def test_a_quantised_run_is_told_which_base_is_closer(
     base: Base, tuned: Path, tmp_path: Path, precision: str
@@ -151,6 +152,7 @@ def damage(tensors: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], how
             tensors[name] = tensors[name].to(torch.float8_e4m3fn).bfloat16()
 
 
+@pytest.mark.case("C13")
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_merge_gone_wrong_is_caught(base: Base, tuned: Path, tmp_path: Path, how: str) -> None:
     """By its weights, each of which is named, and where it says something else, by what it says."""
@@ -199,6 +201,7 @@ def test_an_adapter_that_was_never_trained_is_not_merged(base: Base, tmp_path: P
         merging.Merge(base, tmp_path / "adapter", "bf16", "original")
 
 
+@pytest.mark.case("C4")
 def test_adapters_for_other_models_or_of_other_kinds_are_refused(base: Base, tuned: Path) -> None:
     factors = load_file(tuned / WEIGHTS)
     other = {name.replace("q_proj", "w_proj"): factor for name, factor in factors.items()}

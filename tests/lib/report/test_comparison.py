@@ -10,6 +10,7 @@ import pytest
 from stages.lib.model.said import Answer
 from stages.lib.report import comparison, gate
 from stages.lib.report.comparison import Conversations
+from stages.lib.run.exits import GateFailed
 
 QUESTIONS = [
     {"question": f"What is {n}?", "prompt": f"### Human: What is {n}?", "reference": "That."}
@@ -63,6 +64,16 @@ def test_losses_are_ratios_of_sums() -> None:
     assert change["interval"][1] - change["interval"][0] < 0.1
     assert change["p"] == 1e-4
     assert result["difference"]["accuracy"]["interval"][0] > 0.2
+
+
+@pytest.mark.case("H8")
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_no_result(side: str, number: float) -> None:
+    found = rows(5, 0.5)
+    found.nll[side][3] = number
+    with pytest.raises(GateFailed, match=f"the {side} model is not finite in 1 of 5"):
+        compared(found)
 
 
 def test_parts_add_up_to_the_whole() -> None:

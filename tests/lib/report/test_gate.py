@@ -91,6 +91,7 @@ def test_a_gate_is_kept_as_it_was_asked_for() -> None:
     gate.enforce(RESULT)
 
 
+@pytest.mark.case("H9")
 def test_what_will_not_be_measured_is_refused_at_once() -> None:
     for asked in ("better", "stop_rate>0,loss<2", "accuracy_difference>0"):
         with pytest.raises(BadSetting, match="VALIDATION_FRACTION"):

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,24 @@ def made(tmp_path: Path) -> artifact.Artifact:
     (source / "inner" / "b.txt").write_text("b")
     (source / "a.bin").chmod(0o600)  # as safetensors leaves it
     return artifact.publish(source, tmp_path / "target", FACTS)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> artifact.Artifact:
+    """The same with few bytes."""
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "a.bin").write_bytes(b"a")
+    (source / "inner" / "b.txt").write_text("b")
+    return artifact.publish(source, tmp_path / "target", FACTS)
+
+
+def told(made: artifact.Artifact, change: Callable[[dict[str, Any]], object]) -> None:
+    """Have its manifest say something else."""
+    path = made.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def test_published_is_what_was_made(made: artifact.Artifact) -> None:
@@ -66,14 +85,83 @@ def test_damage_is_named(made: artifact.Artifact) -> None:
         artifact.load(made.path)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "inner/../../outside"])
-def test_names_stay_inside(made: artifact.Artifact, name: str) -> None:
-    path = made.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"][name] = {"bytes": 1, "sha256": ""}
-    path.write_text(json.dumps(manifest))
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.case("A26")
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "/etc/passwd", "inner/../../outside", "", ".", "a//b.txt", "./a.bin", "a\0.bin"],
+)
+def test_names_stay_inside(small: artifact.Artifact, name: str) -> None:
+    (small.path.parent / "outside").write_text("o")
+    told(small, lambda manifest: manifest["files"].update({name: ENTRY}))
     with pytest.raises(BadData, match="leaves the artifact"):
-        artifact.load(made.path)
+        artifact.load(small.path)
+
+
+@pytest.mark.case("A25")
+@pytest.mark.parametrize("name", ["inner", "inner/b.txt", "manifest.json"])
+def test_links_are_refused(small: artifact.Artifact, tmp_path: Path, name: str) -> None:
+    """Even where they lead to the very same bytes: what they lead to may be changed unseen."""
+    moved = (small.path / name).rename(tmp_path / "elsewhere")
+    (small.path / name).symlink_to(moved)
+    with pytest.raises(BadData, match=f"{name} is a link, which leaves the artifact"):
+        artifact.load(small.path)
+
+
+def test_a_folder_that_is_reached_through_a_link_is_no_link_inside(
+    small: artifact.Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(small.path)
+    assert artifact.load(tmp_path / "link") is not None
+
+
+def test_what_is_no_regular_file_is_not_opened(small: artifact.Artifact) -> None:
+    (small.path / "a.bin").unlink()
+    os.mkfifo(small.path / "a.bin")
+    told(small, lambda manifest: manifest["files"]["a.bin"].update(bytes=0))
+    with pytest.raises(BadData, match="no regular file"):
+        artifact.load(small.path, deep=True)
+
+
+BAD_ENTRIES = [
+    None, [], 7, {}, {"bytes": 1}, ENTRY | {"bytes": -1}, ENTRY | {"bytes": 1.0}, ENTRY | {"bytes": True},
+    ENTRY | {"sha256": None}, ENTRY | {"sha256": "0" * 63}, ENTRY | {"sha256": "0" * 63 + "/"},
+]  # fmt: skip
+
+
+def test_sizes_and_hashes_are_sane(small: artifact.Artifact) -> None:
+    for entry in BAD_ENTRIES:
+        told(small, lambda manifest, entry=entry: manifest["files"].update({"a.bin": entry}))
+        with pytest.raises(BadData, match=r"gives 'a\.bin' no size and sha256"):
+            artifact.load(small.path)
+
+
+@pytest.mark.parametrize("part", ["files", "inputs", "settings", "metrics"])
+def test_parts_are_what_they_are(small: artifact.Artifact, part: str) -> None:
+    for value in ([], [["a.bin", ENTRY]], "a", None):
+        told(small, lambda manifest, value=value: manifest.update({part: value}))
+        with pytest.raises(BadData, match=f"under '{part}' what no manifest does"):
+            artifact.load(small.path)
+
+
+def test_a_manifest_has_a_limit(small: artifact.Artifact) -> None:
+    path = small.path / "manifest.json"
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BadData, match="1073741824 bytes, no manifest is over"):
+        artifact.load(small.path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(BadData, match="nested too deeply"):
+        artifact.load(small.path)
+
+
+@pytest.mark.case("D14")
+def test_another_schema_is_named(small: artifact.Artifact) -> None:
+    told(small, lambda manifest: manifest.update(schema=0))
+    with pytest.raises(BadData, match="schema 0, this version reads 1"):
+        artifact.load(small.path)
 
 
 def test_a_new_one_replaces_the_old_one_whole(made: artifact.Artifact, tmp_path: Path) -> None:

@@ -229,7 +229,11 @@ def test_neither_a_file_nor_a_line_nor_a_manifest_is_written_into_anothers_run(
             with pytest.raises(InUse):
                 write()
         (tmp_path / "drafted" / "theirs").touch()
-    assert sorted(path.name for path in (tmp_path / "drafted").iterdir()) == ["draft.json", "one", "theirs"]
+    assert sorted(path.name for path in (tmp_path / "drafted").iterdir()) == [
+        "draft.json",
+        "one",
+        "theirs",
+    ]
     assert (tmp_path / "grown" / "lines").read_text() == '{"n": 1}\n'
 
 

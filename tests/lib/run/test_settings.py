@@ -20,6 +20,7 @@ def announced(stages: Stages, *args: str, **options: object) -> str:
     return str(json.loads(done.stderr.splitlines()[0])["message"])
 
 
+@pytest.mark.case("D6", "D7")
 def test_precedence_and_origins(stages: Stages, tmp_path: Path, rows: Path) -> None:
     preset = tmp_path / "a.env"
     preset.write_text(
@@ -109,6 +110,7 @@ def test_every_preset_parses(stages: Stages) -> None:
         assert "prepare-data" in done.stderr
 
 
+@pytest.mark.promise("P7")
 def test_a_secret_from_a_file_reaches_the_libraries_and_no_artifact(
     stages: Stages, tmp_path: Path, rows: Path
 ) -> None:
