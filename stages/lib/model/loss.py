@@ -19,13 +19,14 @@ Row = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
 class Rows(Protocol):
-    """Prepared rows: their lengths and learned tokens, int64 [rows], and each one's ids and mask."""
+    """Prepared rows: their lengths and learned tokens, int64 [rows], and each one's ids, mask and origin."""
 
     lengths: npt.NDArray[np.int64]
     trained: npt.NDArray[np.int64]
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Row: ...
+    def place(self, row: int) -> dict[str, Any]: ...
 
 
 class Plan(Protocol):

@@ -10,15 +10,20 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import click
 
 
 class StageError(click.ClickException):
-    """An end that has a code of its own. `slug` names it for programs."""
+    """An end that has a code of its own. `slug` names it for programs; `facts` go into `error.json`."""
 
     exit_code = 70
     slug = "fault"
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 class BadSetting(StageError):
@@ -70,7 +75,7 @@ class CannotRun(StageError):
 
 
 class Diverged(StageError):
-    """The loss or a gradient is not finite."""
+    """The loss or a gradient is not finite, or the loss stays far above its level."""
 
     exit_code, slug = 80, "diverged"
 
@@ -174,7 +179,7 @@ class Reported:
             "exit": 70 if known is None else known.exit_code,
             "code": getattr(known, "slug", "usage" if known else "fault"),
             "message": message,
-        }
+        } | getattr(known, "facts", {})
         try:
             (self.run_dir / "error.json").write_text(json.dumps(record, indent=1) + "\n")
         except OSError as cause:  # the volume may be the very thing that failed

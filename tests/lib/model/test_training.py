@@ -194,6 +194,8 @@ def test_the_logged_loss_is_the_mean_over_a_steps_learned_tokens(
 
 
 # Of six steps, 2, 3, 5 and 6 are evaluated and saved.
+@pytest.mark.case("E7")
+@pytest.mark.promise("P4")
 @pytest.mark.parametrize(
     ("bad", "kept"), [(1, []), (2, []), (4, [2, 3]), (5, [2, 3]), (6, [2, 3, 5])]
 )
@@ -202,7 +204,7 @@ def test_nothing_is_kept_of_a_gradient_that_is_not_finite(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, bad: int,
     kept: list[int], stopped: bool,
 ) -> None:  # fmt: skip
-    """Nor by a signal, on which a step is saved that nobody has looked at yet."""
+    """Nor by a signal, on which a step is saved that nobody has looked at yet; nor in memory."""
     saved: list[Path] = []
     tuned, steps = attach(), 0
 
@@ -214,21 +216,50 @@ def test_nothing_is_kept_of_a_gradient_that_is_not_finite(
         return gradient * torch.nan if steps == bad else gradient
 
     next(p for n, p in tuned.named_parameters() if "lora_B" in n).register_hook(spoil)
+    rows = some_rows(*range(8, 28))
     preemption.listen()
-    with pytest.raises(Diverged, match=f"(loss after|gradient of) step {bad} is not finite"):
-        run(
-            tuned, some_rows(*range(8, 28)), 40, 1, tmp_path, steps=6,
-            saved=lambda folder, *_: saved.append(folder),
-        )  # fmt: skip
+    with pytest.raises(Diverged, match=f"gradient of step {bad} is not finite") as caught:
+        run(tuned, rows, 40, 1, tmp_path, steps=6, saved=lambda f, *_: saved.append(f))
     preemption.listen()
     assert [path.name for path in saved] == [f"checkpoint-{step}" for step in kept]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [p.name for p in saved]
     for path in saved:
         for tensor in load_file(path / "adapter_model.safetensors").values():
             assert torch.isfinite(tensor).all()
+    wanted = Schedule(rows.lengths, 40, 1, 1, 6, 0).rows(bad - 1).tolist()
+    expected = [{"bin": 0, "row": row} for row in wanted]
+    assert caught.value.facts == {"step": bad, "bins": [0], "rows": expected}
+    before = run(attach(), rows, 40, 1, tmp_path / "on", steps=bad - 1) if bad > 1 else None
+    for name, tensor in (before or weights(attach())).items():
+        assert torch.equal(tensor, weights(tuned)[name]), name
 
 
-def test_a_loss_that_is_not_finite_names_its_step(
+@pytest.mark.case("E7")
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+def test_a_loss_that_is_not_finite_names_its_step_and_rows_though_its_gradient_is(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, optimizer: str
+) -> None:
+    """The second bin of the second of three steps."""
+    rows, tuned, seen = some_rows(*range(8, 28)), attach(rank=16), 0
+
+    def spoil(model: Any, inputs: object, loss: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += model.training
+        return loss + torch.nan if model.training and seen == 5 else loss
+
+    hook = tuned.register_forward_hook(spoil)
+    with pytest.raises(Diverged, match="the loss after step 2 is not finite; lower") as caught:
+        run(tuned, rows, 40, 3, tmp_path / "bad", optimizer=optimizer)
+    hook.remove()
+    wanted = [{"bin": 1, "row": r} for r in Schedule(rows.lengths, 40, 3, 1, 3, 0).rows(4).tolist()]
+    assert caught.value.facts == {"step": 2, "bins": [1], "rows": wanted}
+    before = run(attach(rank=16), rows, 40, 3, tmp_path, steps=1, optimizer=optimizer)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, weights(tuned)[name]), name
+
+
+@pytest.mark.case("T14", "E7")
+def test_weights_that_are_no_numbers_end_the_run(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
 ) -> None:
     tuned = attach()
