@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.lib.model import load
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 
 QUICK_INPUTS = (
     "input_ids", "position_ids", "kept", "targets", "bounds", "longest", "uniform",
@@ -148,6 +148,7 @@ def mean_nll(
     place = load.device()
     for rows in bins:
         preemption.check()
+        watchdog.alive()
         batch = to(lay_out(rows, shape), place)
         if len(batch["targets"]):
             with load.compute(precision):

@@ -21,7 +21,7 @@ from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nl
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
-from stages.lib.run import failpoints, preemption
+from stages.lib.run import failpoints, preemption, watchdog
 from stages.lib.run.exits import Diverged, TryAgain
 from stages.lib.run.progress import Progress
 
@@ -100,6 +100,7 @@ class LoraTrainer(Trainer):
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         failpoints.reach("train.bin")
         preemption.check()
+        watchdog.alive()
         self.first.look(inputs)
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)

@@ -149,6 +149,12 @@ class Reported:
         self._record(known, error)
         sys.exit(70 if known is None else known.exit_code)
 
+    def last_words(self, error: StageError) -> int:
+        """Say and record an end that cannot wait for the work to stop; its exit code."""
+        self._say(error)
+        self._record(error, error)
+        return error.exit_code
+
     @staticmethod
     def classify(error: BaseException) -> click.ClickException | None:
         """The error with an exit code that `error` stands for, or None where it is our own fault."""

@@ -15,10 +15,11 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
+from stages.lib.run import artifact, environment, failpoints, growing, lease, settings, watchdog
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
+from stages.lib.run.values import Number
 
 MADE_BY = {
     "data": "prepare-data",
@@ -52,7 +53,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     redo = settings.setting(
         "--force", "FORCE", help="Redo a finished stage.", is_flag=True, identity=False
     )
-    return reading_options(redo(command))
+    stall = settings.setting(
+        "--stall-minutes", "STALL_MINUTES", type=Number(low=0), default=30, identity=False,
+        help="End with 75 and all stacks when nothing is finished for so long; 0 waits for ever.",
+    )  # fmt: skip
+    return reading_options(redo(stall(command)))
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +86,7 @@ class Run:
         self.force: bool = ctx.params.get("force", False)
         self.allow_stale: bool = ctx.params["allow_stale"]
         self.deep: bool = ctx.params["verify"]
+        self.stall_minutes: float = ctx.params.get("stall_minutes", 0)
         self.settings = settings.recorded(ctx)
         self.started = time.monotonic()
         with artifact.writing(self.folder):
@@ -263,8 +269,10 @@ class Run:
     @contextlib.contextmanager
     def work(self) -> Iterator[Path]:
         """Hold the run directory, with a scratch folder that goes away at the end."""
-        with lease.held(self.folder) as self.check_held:
-            (self.folder / "error.json").unlink(missing_ok=True)
+        watched = watchdog.watching(self.stall_minutes, self.folder, self.ctx.obj.last_words)
+        with lease.held(self.folder) as self.check_held, watched:
+            for name in ("error.json", watchdog.FILE):
+                (self.folder / name).unlink(missing_ok=True)
             parent = environment.scratch_parent()
             with artifact.writing(parent):
                 failpoints.reach("scratch")
