@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, health, history, load
+from stages.lib.model import adapter, health, history, load, shortage
 from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to
@@ -22,7 +23,7 @@ from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
 from stages.lib.run import failpoints, preemption, watchdog
-from stages.lib.run.exits import Diverged, TryAgain
+from stages.lib.run.exits import BadData, Diverged, TryAgain
 from stages.lib.run.progress import Progress
 
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
@@ -82,6 +83,14 @@ class LoraTrainer(Trainer):
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """None of Trainer's own, which it takes over every small tensor: the flat one has it."""
+
+    def doing(self, rows: Rows) -> str:
+        """What is under way, in words."""
+        step = self.state.global_step
+        work = shortage.of_training(self.quick, self.bins.plan, rows)
+        if self.model.training:
+            return f"step {step + 1}: {work}"
+        return f"the evaluation after step {step}: {work}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not by Trainer, which walks through all parameters for every bin."""
@@ -206,7 +215,8 @@ def train(
 
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
-        GateFailed: an adapted module has no gradient at the first step.
+        GateFailed: an adapted module has no gradient at the first step. OutOfMemory: the GPU's ends.
+        BadData: a file of the checkpoint is no plain data.
     """
     done = history.steps_done(resume) if resume else 0
     if done >= plan.steps:
@@ -225,13 +235,26 @@ def train(
             bins, len(held_out) > 0, saved, progress, trainer.numbers, first.judge, words
         )
         trainer.add_callback(conduct)
+        doing = functools.partial(trainer.doing, rows)
+        changes = shortage.remedies(quick, plan, rows, recipe["optimizer"])
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            with shortage.explained(doing, changes):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except pickle.UnpicklingError as error:
+            raise BadData(
+                f"a file of the checkpoint after step {done} holds more than numbers, and was not run "
+                f"({str(error).splitlines()[0]}): this program did not make it; remove that checkpoint"
+            ) from error
         except TryAgain:
-            conduct.settle(trainer.state)
-            step = trainer.state.global_step
-            if step > conduct.saved_step and not conduct.owes_evaluation(step):
-                trainer._save_checkpoint(quick.tuned, None)
-                conduct.on_save(trainer.args, trainer.state, trainer.control)
+            _keep(trainer, conduct)
             raise
     return conduct.pace.metrics()
+
+
+def _keep(trainer: LoraTrainer, conduct: Conduct) -> None:
+    """Save the last whole step of a run that is stopped, if it is sound and owes nothing."""
+    conduct.settle(trainer.state)
+    step = trainer.state.global_step
+    if step > conduct.saved_step and not conduct.owes_evaluation(step):
+        trainer._save_checkpoint(trainer.model, None)
+        conduct.on_save(trainer.args, trainer.state, trainer.control)

@@ -167,8 +167,8 @@ class Reported:
         # By name, so that a run that never needed torch does not import it here.
         if type(error).__name__ == "OutOfMemoryError":
             return OutOfMemory(
-                f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
-                "or choose BASE_PRECISION=nf4"
+                f"the GPU is out of memory ({str(error).splitlines()[0]}); have nothing else on it, lower "
+                "MAX_NEW_TOKENS, BATCH_PROMPTS or MAX_LENGTH, or take a larger one"
             )
         return None
 

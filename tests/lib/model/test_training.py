@@ -45,7 +45,7 @@ def run(
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
     held_out = type(rows)(rows.rows[:2])
     quick = Quick(tuned, precision)
-    quick.arrange(False)
+    quick.arrange(0)
     shape = quick.shape(rows.lengths, capacity)
     training.train(
         quick, plan, rows, held_out, shape, scratch, RECIPE | changed, resume=resume, saved=saved
