@@ -1,6 +1,7 @@
 """The resumed run is the uninterrupted run: stopped anywhere, in any way, it ends in the same bytes."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stages.lib.run import artifact
 from tests.forking import Forking, forking
 
 # Packed, with dropout and the 8-bit optimizer: three bins a step, two steps an epoch, three epochs.
@@ -43,10 +45,21 @@ class Runs:
     def __init__(self, cli: Forking, prepared: Path, base: Path) -> None:
         self.cli, self.prepared, self.base = cli, prepared, base
         self.known: dict[str, dict[str, Any]] = {}
+        self.cut = cli.folder / "cut"
 
     def begin(self, name: str) -> Path:
         folder = self.cli.folder / name
         shutil.copytree(self.prepared, folder)
+        return folder
+
+    def half(self, name: str) -> Path:
+        """A run that was killed in its fourth step; it goes on from the third."""
+        folder = self.cli.folder / name
+        if not self.cut.exists():
+            self.begin(self.cut.name)
+            done = self.train(self.cut, FAILPOINTS="train.bin=11:kill", BASE_PRECISION="fp8")
+            assert done.returncode == -9, done.stderr
+        shutil.copytree(self.cut, folder)
         return folder
 
     def train(self, folder: Path, **changed: str) -> Any:
@@ -136,3 +149,165 @@ def resumed_from(folder: Path) -> Any:
     return json.loads((folder / "adapter" / "manifest.json").read_text())["metrics"][
         "resumed_from_step"
     ]
+
+
+# What Trainer ignores without a word, or finds out late; see docs/decisions.md.
+OTHER = {
+    "T10": {"LEARNING_RATE": "5e-4"}, "T12": {"LORA_TARGETS": "q_proj"}, "E13": {"BASE_PRECISION": "bf16"},
+    "P5": {"OPTIMIZER": "adamw_torch"}, "E14": {"BATCH_TOKENS": "96"},
+}  # fmt: skip
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.case("T10", "T12", "E13", "E14")
+@pytest.mark.parametrize("case", OTHER)
+def test_a_run_is_not_gone_on_with_under_other_settings(runs: Runs, case: str) -> None:
+    folder, changed = runs.half(f"other {case}"), OTHER[case]
+    before = sorted((folder / "checkpoints").rglob("*"))
+    done = runs.train(folder, **{"BASE_PRECISION": "fp8"} | changed)
+    assert done.returncode == 78, done.stderr
+    was = {"LEARNING_RATE": "0.01", "LORA_TARGETS": "q_proj,v_proj", "BASE_PRECISION": "fp8"}
+    ((name, value),) = changed.items()
+    now = "0.0005" if name == "LEARNING_RATE" else value
+    assert f"{name} was {(RECIPE | was)[name]}, is now {now}" in done.stderr
+    assert "Loading" not in done.stderr  # of the base
+    assert sorted((folder / "checkpoints").rglob("*")) == before
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.case("T11")
+def test_a_run_is_not_gone_on_with_on_other_rows(runs: Runs) -> None:
+    folder = runs.half("other rows")
+    env = {
+        "DATASET": "rows.jsonl",
+        "MAX_LENGTH": "64",
+        "BASE_MODEL": str(runs.base),
+        "RUN_DIR": str(folder),
+    }
+    done = runs.cli("prepare-data", env=env | {"MAX_ROWS": "9"})
+    assert done.returncode == 0, done.stderr
+    done = runs.train(folder, BASE_PRECISION="fp8")
+    assert done.returncode == 78
+    assert "input data is another" in done.stderr
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.case("T13")
+def test_a_run_whose_steps_are_all_done_takes_no_other(runs: Runs) -> None:
+    """Only the adapter is to be made of them: Trainer would take one more step."""
+    wanted = runs.whole("fp8")
+    folder = runs.cli.folder / "done"
+    shutil.copytree(runs.cli.folder / "whole fp8", folder)
+    shutil.rmtree(folder / "adapter")
+    done = runs.train(folder, BASE_PRECISION="fp8")
+    assert done.returncode == 0, done.stderr
+    assert left(folder) == wanted
+    assert resumed_from(folder) == 6
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.case("E13")
+def test_auto_stays_what_it_was_on_another_machine(runs: Runs) -> None:
+    """Here it would be bf16; the first machine was one that took fp8, with another torch."""
+    folder = runs.half("elsewhere")
+    for path in (folder / "checkpoints").glob("*/manifest.json"):
+        made = json.loads(path.read_text())
+        made["settings"]["BASE_PRECISION"]["value"] = "auto"
+        made["versions"]["torch"] = "2.11.0+cu130"
+        path.write_text(json.dumps(made))
+    done = runs.train(folder, BASE_PRECISION="auto")
+    assert done.returncode == 0, done.stderr
+    assert resumed_from(folder) == 3
+    assert left(folder) == runs.whole("fp8")
+
+
+class Bomb:
+    """What would make a file, were it unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.case("C8")
+@pytest.mark.parametrize(
+    ("name", "vouched"),
+    [
+        ("optimizer.pt", False),
+        ("optimizer.pt", True),
+        ("rng_state.pth", True),
+        ("scheduler.pt", True),
+    ],
+)
+def test_what_is_no_plain_data_is_never_run(runs: Runs, name: str, vouched: bool) -> None:
+    folder = runs.half(f"bomb {name} {vouched}")
+    checkpoint, went_off = folder / "checkpoints" / "step-00000003", folder / "went-off"
+    (checkpoint / name).write_bytes(pickle.dumps(Bomb(went_off)))
+    if vouched:
+        path = checkpoint / "manifest.json"
+        made = json.loads(path.read_text())
+        size = (checkpoint / name).stat().st_size
+        made["files"][name] = {"bytes": size, "sha256": artifact.sha256(checkpoint / name)}
+        path.write_text(json.dumps(made))
+    done = runs.train(folder, BASE_PRECISION="fp8")
+    assert not went_off.exists()
+    if vouched:
+        assert done.returncode == 65, done.stderr
+        assert "the checkpoint after step 3 holds more than numbers, and was not run" in done.stderr
+        assert not (folder / "adapter").exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "passing over a corrupt checkpoint" in done.stderr
+        assert resumed_from(folder) == 2
+        assert left(folder) == runs.whole("fp8")
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.case("E10")
+def test_a_step_that_hangs_ends_with_75_and_goes_on(runs: Runs) -> None:
+    folder = runs.half("hung")
+    hung = runs.train(
+        folder, BASE_PRECISION="fp8", STALL_MINUTES="0.1", FAILPOINTS="train.bin=7:hang"
+    )
+    assert hung.returncode == 75, hung.stderr
+    assert "in compute_loss" in hung.stderr
+    assert "in compute_loss" in (folder / "stacks.txt").read_text()
+    assert json.loads((folder / "error.json").read_text())["exit"] == 75
+    done = runs.train(folder, BASE_PRECISION="fp8")
+    assert done.returncode == 0, done.stderr
+    assert left(folder) == runs.whole("fp8")
+    assert not (folder / "stacks.txt").exists()
+
+
+@pytest.mark.case("E7")
+def test_the_row_that_has_no_finite_loss_is_named(runs: Runs, tmp_path: Path) -> None:
+    """A base with a token whose embedding is no number, and one row that has it."""
+    from safetensors.torch import load_file, save_file
+
+    base, ids = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(runs.base, base)
+    tokens = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][tokens["Ġzebra"]] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (base / "config.json").write_text(json.dumps(config))
+    words = ["yes", "no", "maybe", "zebra", "often", "now"]
+    rows = [{"text": f"### Human: {n}?### Assistant: {word}"} for n, word in enumerate(words)]
+    ids.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = {
+        "BASE_MODEL": str(base), "DATASET": str(ids), "MAX_LENGTH": "64", "VALIDATION_FRACTION": "0",
+        "RUN_DIR": str(tmp_path / "run"), "BASE_PRECISION": "fp32", "BATCH_TOKENS": "48",
+    }  # fmt: skip
+    assert runs.cli("prepare-data", env=env).returncode == 0
+    done = runs.cli("train", env=env)
+    assert done.returncode == 80, done.stderr
+    told = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert told["message"].startswith("the loss after step")
+    assert told["bins"] == [0]
+    assert 4 in [row["row"] for row in told["rows"]]
+    assert {row["source"] for row in told["rows"]} == {str(ids)}
+    assert len(told["rows"]) < 6

@@ -112,42 +112,65 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(
         assert mean == pytest.approx(total / rows.trained.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+# Six steps of three bins, evaluated after 2, 3, 5 and 6 in one pass each: the pass that is behind when the stop
+# is asked for, and what is saved by then.
+STOPS = {
+    "in the first step": (1, []),
+    "in an evaluation": (6, []),
+    "between two steps": (14, [2, 3, 4]),
+    "in the middle of an accumulation": (15, [2, 3, 4]),
+    "in a later evaluation": (17, [2, 3]),
+    "in the last step": (20, [2, 3, 5]),
+    "behind the last step": (21, [2, 3, 5]),
+}
+WHOLE: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "where", "how"),
+    [
+        *(("fp8", "adamw_8bit", where, "the wall limit") for where in STOPS),
+        ("fp32", "adamw_torch", "in the middle of an accumulation", "SIGTERM"),
+        ("nf4", "paged_adamw_8bit", "in the middle of an accumulation", "SIGUSR1"),
+        ("bf16", "adamw_8bit", "in the middle of an accumulation", "SIGINT"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_run(
-    attach: Callable[..., Any],
-    some_rows: Callable[..., Any],
-    tmp_path: Path,
-    optimizer: str,
-    precision: str,
-) -> None:
-    """Dropout on, evaluated on the way, stopped in the middle of an accumulation, to the last bit."""
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, precision: str,
+    optimizer: str, where: str, how: str,
+) -> None:  # fmt: skip
+    """Dropout on, evaluated on the way, to the last bit."""
     rows = some_rows(*range(8, 28))
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "steps": 6}
-    tuned = attach(precision, dropout=0.1, rank=16)
-    whole = run(tuned, rows, 40, 3, tmp_path / "whole", **options)
+    if (precision, optimizer) not in WHOLE:
+        tuned = attach(precision, dropout=0.1, rank=16)
+        WHOLE[precision, optimizer] = run(tuned, rows, 40, 3, tmp_path / "whole", **options)
 
+    at, kept = STOPS[where]
     saved: list[Path] = []
-    tuned = attach(precision, dropout=0.1, rank=16)
-    count = 0
+    tuned, seen = attach(precision, dropout=0.1, rank=16), 0
 
-    def signal_in_the_fifth_step(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count == 15:  # after four steps and two evaluations; noticed before the next bin
-            signal.raise_signal(signal.SIGTERM)
+    def stop(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at and how == "the wall limit":
+            preemption.request("MAX_RUNTIME is over")
+        elif seen == at:
+            signal.raise_signal(signal.Signals[how])
 
-    hook = tuned.register_forward_hook(signal_in_the_fifth_step)
+    hook = tuned.register_forward_hook(stop)
     preemption.listen()
-    with pytest.raises(TryAgain, match="SIGTERM"):
+    with pytest.raises(TryAgain, match="MAX_RUNTIME" if how == "the wall limit" else how):
         run(tuned, rows, 40, 3, tmp_path / "cut", saved=lambda f, *_: saved.append(f), **options)
     preemption.listen()
     hook.remove()
-    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in saved] == [f"checkpoint-{step}" for step in kept]
 
     tuned = attach(precision, dropout=0.1, rank=16)
-    resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=saved[-1], **options)
-    for name, tensor in whole.items():
+    resume = saved[-1] if saved else None
+    resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=resume, **options)
+    for name, tensor in WHOLE[precision, optimizer].items():
         assert torch.equal(tensor, resumed[name]), name
 
 
