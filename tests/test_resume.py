@@ -159,7 +159,7 @@ OTHER = {
 
 
 @pytest.mark.promise("P5")
-@pytest.mark.case("T10", "T12", "E13", "E14")
+@pytest.mark.case("E13", "E14")
 @pytest.mark.parametrize("case", OTHER)
 def test_a_run_is_not_gone_on_with_under_other_settings(runs: Runs, case: str) -> None:
     folder, changed = runs.half(f"other {case}"), OTHER[case]
@@ -175,7 +175,6 @@ def test_a_run_is_not_gone_on_with_under_other_settings(runs: Runs, case: str) -
 
 
 @pytest.mark.promise("P5")
-@pytest.mark.case("T11")
 def test_a_run_is_not_gone_on_with_on_other_rows(runs: Runs) -> None:
     folder = runs.half("other rows")
     env = {
@@ -192,7 +191,6 @@ def test_a_run_is_not_gone_on_with_on_other_rows(runs: Runs) -> None:
 
 
 @pytest.mark.promise("P3")
-@pytest.mark.case("T13")
 def test_a_run_whose_steps_are_all_done_takes_no_other(runs: Runs) -> None:
     """Only the adapter is to be made of them: Trainer would take one more step."""
     wanted = runs.whole("fp8")

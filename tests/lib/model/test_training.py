@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_rows_though_its_gradient_i
         assert torch.equal(tensor, weights(tuned)[name]), name
 
 
-@pytest.mark.case("T14", "E7")
+@pytest.mark.case("E7")
 def test_weights_that_are_no_numbers_end_the_run(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
 ) -> None:
