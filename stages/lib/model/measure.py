@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.lib.model import shortage
 from stages.lib.model.answer import Speaker
 from stages.lib.model.loss import Rows
 from stages.lib.model.said import Answer
@@ -26,19 +25,13 @@ def held_out(
         tuned, precision, lengths, tokens: see `Scorer`.
 
     Raises:
-        GateFailed: a loss is not finite. OutOfMemory: the GPU's ends.
+        GateFailed: a loss is not finite.
     """
     if not len(rows):
         return {side: Sums.of(torch.zeros(0, 4)) for side in SIDES}
     found = {}
     scorer = Scorer(tuned, precision, np.array(lengths), tokens)
-    short = shortage.explained(
-        lambda: (
-            f"a pass of {scorer.tokens} held-out tokens, the longest row {lengths[1]}, base in {precision}"
-        ),
-        shortage.WITHOUT_TRAINING,
-    )
-    with short, scorer, Progress(2 * int(rows.lengths.sum()), "tokens") as progress:
+    with scorer, Progress(2 * int(rows.lengths.sum()), "tokens") as progress:
         for side in SIDES:
             found[side] = scorer.sums(rows, side == "tuned", progress.advance)
             if not np.isfinite(found[side].nll).all():
@@ -51,12 +44,7 @@ def held_out(
 def spoken(speaker: Speaker, prompts: Sequence[Sequence[int]]) -> dict[str, list[Answer]]:
     """Each side's answers to all prompts, token ids each, in the prompts' order."""
     found = {}
-    longest = max(map(len, prompts), default=0)
-    short = shortage.explained(
-        lambda: f"answering {len(prompts)} prompts, the longest {longest} tokens",
-        shortage.WITHOUT_TRAINING,
-    )
-    with short, Progress(2 * len(prompts), "answers") as progress:
+    with Progress(2 * len(prompts), "answers") as progress:
         for side in SIDES:
             said = {}
             for place, answer in speaker.each(prompts, adapted=side == "tuned"):

@@ -10,7 +10,9 @@ from stages.lib.model.loss import Plan, Rows
 from stages.lib.model.quick import Quick
 from stages.lib.run.exits import OutOfMemory
 
-WITHOUT_TRAINING = ("nothing else on this GPU", "MAX_NEW_TOKENS", "a larger GPU")
+WITHOUT_TRAINING = (
+    "what else is on this GPU", "BATCH_PROMPTS", "MAX_NEW_TOKENS", "the GPU, for a larger one",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

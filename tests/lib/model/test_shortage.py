@@ -86,7 +86,9 @@ def test_an_evaluation_says_so_too(
 ) -> None:
     tuned, rows = attach(), some_rows(9, 12)
     spill(tuned.get_base_model().model.layers[0], 1)
-    told = f"a pass of 40 held-out tokens, the longest row 12, base in fp32 ({FREE}); change first nothing else"
+    told = (
+        f"a pass of 40 tokens, the longest row 12, base in fp32 ({FREE}); change first what else is"
+    )
     with pytest.raises(OutOfMemory, match=re.escape(told)):
         measure.held_out(tuned, "fp32", rows, [9, 12], 40)
 
