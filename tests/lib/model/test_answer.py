@@ -99,7 +99,7 @@ def test_where_the_memory_ends_it_says_what_was_answered(
     def spill(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 is full.")
 
-    speaker.tuned.register_forward_pre_hook(spill)
+    speaker.tuned.get_base_model().model.layers[0].register_forward_pre_hook(spill)
     prompts = [ids_of(tokens, text) for text in ("One", "Two words")]
     words = (
         f"answering 2 prompts, the longest {max(map(len, prompts))} tokens, base in fp32 (Tried to"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.lib.model import measure
 from stages.lib.model.quick import Quick
+from stages.lib.model.scoring import Scorer
 from stages.lib.model.shortage import explained, of_training, remedies
 from stages.lib.run.exits import OutOfMemory, Reported
 from tests.lib.model.test_training import Schedule, run
@@ -85,12 +85,11 @@ def test_an_evaluation_says_so_too(
     attach: Callable[..., Any], some_rows: Callable[..., Any]
 ) -> None:
     tuned, rows = attach(), some_rows(9, 12)
-    spill(tuned.get_base_model().model.layers[0], 1)
-    told = (
-        f"a pass of 40 tokens, the longest row 12, base in fp32 ({FREE}); change first what else is"
-    )
-    with pytest.raises(OutOfMemory, match=re.escape(told)):
-        measure.held_out(tuned, "fp32", rows, [9, 12], 40)
+    told = f"a pass of 40 tokens, the longest row 12, base in fp32 ({FREE}); change first what else is on"
+    with Scorer(tuned, "fp32", rows.lengths, 40) as scorer:
+        spill(tuned.get_base_model().model.layers[0], 1)
+        with pytest.raises(OutOfMemory, match=re.escape(told)):
+            scorer.sums(rows, adapted=False)
 
 
 @pytest.mark.case("E4")
