@@ -140,7 +140,8 @@ def train(
         inputs["base"] = base.identity()
         run.check_made_from(data, "base", base.identity())
         resumed = checkpoints.newest(run, inputs)
-        rows, held_out = (prepared.Part(data.path / f"{part}.arrow") for part in prepared.PARTS)
+        names = [source["name"] for source in data.metrics["sources"]]
+        rows, held_out = (prepared.Part(data.path / f"{p}.arrow", names) for p in prepared.PARTS)
         longest = int(rows.lengths.max())
         bins.check_sizes(batch_tokens, micro_batch_tokens, longest)
 

@@ -418,6 +418,7 @@ def uninterrupted(
 
 @pytest.mark.promise("P2", "P9")
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.promise("P2", "P3")
 def test_stopped_and_started_again_it_is_the_same_adapter(
     prepared: Path,
     uninterrupted: tuple[tuple[str, ...], bytes],

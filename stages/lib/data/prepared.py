@@ -6,7 +6,7 @@ int32), `trained` (list of bool: whether the token is learned), and `source` (in
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,16 @@ class Writer:
 class Part:
     """One part of the prepared data, memory-mapped.
 
+    Args:
+        names: of its sources, for `place`.
+
     Attributes:
         lengths: tokens of each row, int64 [rows]. trained: learned tokens of each row, int64 [rows].
         numbers: of each row's conversation, which several rows share where it was split, int64 [rows].
         sources: of each row, int64 [rows].
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
         import pyarrow.compute as pc
         from datasets import Dataset
 
@@ -130,6 +133,7 @@ class Part:
         self.numbers, self.sources = (
             table.column(name).to_numpy().astype(np.int64) for name in ("row", "source")
         )
+        self.names = names
         masks = table.column("trained").chunks
         self.trained = np.concatenate([np.empty(0, np.int64), *map(_true_counts, masks)])
 
@@ -140,6 +144,12 @@ class Part:
         """Token ids [tokens] and trained mask [tokens] of a row."""
         found = self.rows[int(row)]
         return np.asarray(found["input_ids"], np.int64), np.asarray(found["trained"], bool)
+
+    def place(self, row: int) -> dict[str, Any]:
+        """Where a row comes from: its `source`, its number `row` as the ledger counts, and its `tokens`."""
+        source = int(self.sources[row])
+        name = self.names[source] if self.names else source
+        return {"source": name, "row": int(self.numbers[row]), "tokens": int(self.lengths[row])}
 
 
 def _true_counts(masks: Any) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from stages.lib.model import decoding, plain
+from stages.lib.model import decoding, plain, shortage
 from stages.lib.model.decoder import Decoder
 from stages.lib.model.groups import Unknown
 from stages.lib.model.said import Answer, Ends, Said, Stops, Tokenizer
@@ -76,10 +76,13 @@ class Speaker:
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], answers: Sequence[Said],
         adapted: bool,
     ) -> Iterator[int]:  # fmt: skip
-        longest = max(map(len, prompts), default=0) + self.max_new_tokens
-        if self.decoding and self.decoding.knows(longest):
-            return self.decoding.each(prompts, numbers, answers, adapted)
-        return plain.each(
-            self.tuned, self.precision, self.pad, prompts, numbers, answers, self.sampling, adapted,
-            self.at_once or plain.BATCH,
-        )  # fmt: skip
+        longest = max(map(len, prompts), default=0)
+        words = f"answering {len(prompts)} prompts, the longest {longest} tokens, base in {self.precision}"
+        with shortage.explained(lambda: words, shortage.WITHOUT_TRAINING):
+            if self.decoding and self.decoding.knows(longest + self.max_new_tokens):
+                yield from self.decoding.each(prompts, numbers, answers, adapted)
+                return
+            yield from plain.each(
+                self.tuned, self.precision, self.pad, prompts, numbers, answers, self.sampling, adapted,
+                self.at_once or plain.BATCH,
+            )  # fmt: skip

@@ -1,9 +1,10 @@
 """What happens around the steps of a run: progress, evaluations, checkpoints, and numbers that are none."""
 
 import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from stages.lib.run.progress import Progress
 
 EVALUATIONS = 4
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
+# A loss has strayed when it is so many times its level, the median of the steps before, for so many steps.
+STRAY, STRAY_STEPS, LEVEL_STEPS, LEVEL_LEAST = 3.0, 20, 50, 5
 
 
 class Steps(Protocol):
@@ -27,6 +30,7 @@ class Steps(Protocol):
     plan: Plan
 
     def work(self, step: int) -> tuple[int, int]: ...
+    def places(self, step: int, bins: Collection[int]) -> list[dict[str, Any]]: ...
 
 
 class Conduct(TrainerCallback):
@@ -37,8 +41,10 @@ class Conduct(TrainerCallback):
 
     Args:
         evaluates: there are held-out rows. saved: see `train`.
-        numbers: loss and gradient norm of the step that was just handed over, [2] on the device; or more.
+        numbers: of the step that was just handed over, on the device: its loss, the norm of its gradient, each
+            bin's share of the loss, and what more there is.
         judged: told of a step's number, its loss, and what more there was; what the log is to remember of it.
+        words: of the model's vocabulary.
     """
 
     def __init__(
@@ -49,9 +55,10 @@ class Conduct(TrainerCallback):
         progress: Progress,
         numbers: Callable[[], torch.Tensor],
         judged: Callable[[int, float, Sequence[float]], dict[str, Any]],
+        words: int,
     ) -> None:
         self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
-        self.numbers, self.judged = numbers, judged
+        self.numbers, self.judged, self.words = numbers, judged, words
         self.pending: deque[Numbers] = deque()
         self.pace = Pace()
         # The last step and up to three before it, evenly.
@@ -88,16 +95,17 @@ class Conduct(TrainerCallback):
         """Read what is pending, but for the last `but` steps; waits until the GPU is through with the others.
 
         Raises:
-            Diverged: a loss or a gradient is not finite. GateFailed: a module has no gradient.
+            Diverged: a loss or a gradient is not finite, or the loss has strayed. GateFailed: a module has no
+                gradient.
         """
         while len(self.pending) > but:
             numbers = self.pending.popleft()
-            loss, norm, *more = numbers.read()
-            _check(f"the loss after step {numbers.step}", loss)
-            _check(f"a gradient of step {numbers.step}", norm)
+            loss, norm, *rest = numbers.read()
+            bins = len(self.bins.plan.step(numbers.step - 1))
+            self._check_finite(numbers.step, loss, norm, rest[:bins])
             self.pace.add(*self.bins.work(numbers.step - 1), numbers.ended)
             found = {"loss": loss, "grad_norm": norm, "learning_rate": numbers.learning_rate}
-            noted = self.judged(numbers.step, loss, more) if more else {}
+            noted = self.judged(numbers.step, loss, rest[bins:]) if rest[bins:] else {}
             state.log_history.append(found | noted | {"step": numbers.step})
             self.progress.update(
                 numbers.step,
@@ -105,6 +113,25 @@ class Conduct(TrainerCallback):
                 learning_rate=numbers.learning_rate,
                 tokens_per_second=self.pace.tokens_per_second,
             )
+            check_level(state.log_history, self.words)
+
+    def _check_finite(self, step: int, loss: float, norm: float, shares: Sequence[float]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        # A loss says of which bin it is, the norm of their sum does not.
+        bad = [bin for bin, share in enumerate(shares) if not math.isfinite(share)]
+        bins = bad or list(range(len(shares)))
+        what = (
+            f"a gradient of step {step}" if math.isfinite(loss) else f"the loss after step {step}"
+        )
+        rows = self.bins.places(step - 1, bins)
+        raise Diverged(
+            f"{what} is not finite; lower LEARNING_RATE, or mend its {len(rows)} rows, which error.json names "
+            "(the step was not taken, and the checkpoint before it is kept)",
+            step=step,
+            bins=bins,
+            rows=rows,
+        )
 
     def on_log(
         self,
@@ -116,7 +143,12 @@ class Conduct(TrainerCallback):
     ) -> None:
         if logs and "eval_loss" in logs:
             loss = logs["eval_loss"]
-            _check(f"the loss after step {state.global_step}", loss)
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the held-out loss after step {state.global_step} is not finite; lower LEARNING_RATE "
+                    "(the checkpoint before it is kept)",
+                    step=state.global_step,
+                )
             self.held_out_loss[state.global_step] = loss
             self.progress.update(state.global_step, held_out_loss=loss)
             self.pace.begin()
@@ -136,8 +168,26 @@ class Conduct(TrainerCallback):
         return self.evaluates and step in self.evaluate_at and step not in self.held_out_loss
 
 
-def _check(what: str, value: float) -> None:
-    if not math.isfinite(value):
+def check_level(log: Sequence[dict[str, Any]], words: int) -> None:
+    """Refuse to go on where the loss has left its level for good.
+
+    Args:
+        log: of all steps so far, of earlier attempts too. words: of the vocabulary.
+
+    Raises:
+        Diverged: the last `STRAY_STEPS` losses are each above three times the median of those before, and above
+            that of guessing.
+    """
+    losses = [entry["loss"] for entry in log[-2 * (STRAY_STEPS + LEVEL_STEPS) :] if "loss" in entry]
+    last, before = losses[-STRAY_STEPS:], losses[-STRAY_STEPS - LEVEL_STEPS : -STRAY_STEPS]
+    if len(before) < LEVEL_LEAST:
+        return
+    level = statistics.median(before)
+    bound = max(STRAY * level, math.log(words))
+    if min(last) > bound:
+        step = log[-1]["step"]
         raise Diverged(
-            f"{what} is not finite; lower LEARNING_RATE (the checkpoint before it is kept)"
+            f"the loss was above {bound:.2f} in all of the last {STRAY_STEPS} steps, up to step {step}, and "
+            f"{level:.2f} before: it diverged; lower LEARNING_RATE or raise WARMUP",
+            step=step,
         )

@@ -14,7 +14,7 @@ from stages.lib.model.decoder import Decoder, logits_of
 from stages.lib.model.said import Said
 from stages.lib.model.sampling import Sampling, choose
 from stages.lib.model.steps import Free, Row, Steps, seen_by
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 from stages.lib.run.exits import OutOfMemory
 
 MOST, MOST_ON_CPU = 256, 16  # answers at once
@@ -129,6 +129,7 @@ class Decoding:
 
     def _read_together(self, rows: Sequence[Row], cache: torch.Tensor) -> None:
         preemption.check()
+        watchdog.alive()
         place = self.decoder.place
         lengths = [len(row.prompt) for row in rows]
         ids = torch.tensor([token for row in rows for token in row.prompt], device=place)
@@ -150,6 +151,7 @@ class Decoding:
         alive = len(rows)
         while alive:
             preemption.check()
+            watchdog.alive()
             steps.launch()
             if len(steps.under_way) <= LAG:
                 continue

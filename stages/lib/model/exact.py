@@ -8,7 +8,7 @@ import torch
 
 from stages.lib.model import proving
 from stages.lib.model.folding import PREFIX, Weights
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 from stages.lib.run.exits import GateFailed
 
 NOISE = 1e-5  # of an adapter's largest entry: its product may be summed in another order
@@ -69,6 +69,7 @@ def check(
     changed, largest = 0, 0.0
     for name in base:
         preemption.check()
+        watchdog.alive()
         own = [delta[name] for delta in deltas if name in delta]
         changed += bool(own)
         apart = _apart(written[name], base[name], own)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.lib.model import load
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 
 QUICK_INPUTS = (
     "input_ids", "position_ids", "kept", "targets", "bounds", "longest", "uniform",
@@ -19,13 +19,14 @@ Row = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
 class Rows(Protocol):
-    """Prepared rows: their lengths and learned tokens, int64 [rows], and each one's ids and mask."""
+    """Prepared rows: their lengths and learned tokens, int64 [rows], and each one's ids, mask and origin."""
 
     lengths: npt.NDArray[np.int64]
     trained: npt.NDArray[np.int64]
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Row: ...
+    def place(self, row: int) -> dict[str, Any]: ...
 
 
 class Plan(Protocol):
@@ -147,6 +148,7 @@ def mean_nll(
     place = load.device()
     for rows in bins:
         preemption.check()
+        watchdog.alive()
         batch = to(lay_out(rows, shape), place)
         if len(batch["targets"]):
             with load.compute(precision):

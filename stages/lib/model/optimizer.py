@@ -1,11 +1,14 @@
 """One optimizer step for the whole adapter: its many small tensors are parts of one. It waits for no GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes
 import torch
 from torch import nn
+
+# What a step changes of an optimizer's state on the device; all of it begins at zero.
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 
 
 class Flat:
@@ -13,18 +16,27 @@ class Flat:
 
     Args:
         parameters: of one type, on one device. longest: norm to which a longer gradient is cut.
+        loss: the loss that the gradient is of, a scalar on the device.
 
     Attributes:
         parameter: [all elements], what an optimizer steps.
         norm: scalar, of the last gradient, before it was cut.
+        sound: scalar, bool: all losses and gradients so far were finite.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], longest: float) -> None:
-        self.parts, self.longest = list(parameters), longest
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        longest: float,
+        loss: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        self.parts, self.longest, self.loss = list(parameters), longest, loss
         sizes = [part.numel() for part in self.parts]
         self.parameter = nn.Parameter(torch.cat([part.detach().flatten() for part in self.parts]))
         self.gradient = torch.zeros_like(self.parameter)
         self.norm = self.gradient.new_zeros(())
+        self.sound = torch.ones_like(self.norm, dtype=torch.bool)
+        self._before: dict[str, torch.Tensor] | None = None
         for part, view in zip(self.parts, self.parameter.detach().split(sizes), strict=True):
             part.data = view.view_as(part)
         self._gradients = [
@@ -32,15 +44,45 @@ class Flat:
             for part, view in zip(self.parts, self.gradient.split(sizes), strict=True)
         ]
 
-    def gather(self, *_: Any) -> None:
-        """Bring the parts' gradients together and cut them, before the step that takes them.
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer's steps take the parts' gradients, and none from the first that is not sound on.
 
-        Whether they are finite is not asked here: to know it, the host would have to wait.
+        Whether it is, the host would have to wait to know. So every step is taken, and on the device what
+        was there before is put back: neither a weight nor a moment ever holds anything of such a gradient.
         """
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def gather(self) -> None:
+        """Bring the parts' gradients together and cut them."""
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parts]
         torch._foreach_copy_(self._gradients, found)
         self.parameter.grad = self.gradient
         self.norm = nn.utils.clip_grad_norm_(self.parameter, self.longest)
+
+    def _begin(self, optimizer: Any, *_: Any) -> None:
+        self.gather()
+        loss = self.norm if self.loss is None else self.loss()
+        self.sound = self.sound & torch.isfinite(self.norm) & torch.isfinite(loss)
+        # A paged state belongs to the host, which waits for such a step anyway.
+        if getattr(optimizer, "is_paged", False) and bool(self.sound):
+            self._before = None
+            return
+        self._before = {name: t.clone() for name, t in self._changing(optimizer).items()}
+
+    def _changing(self, optimizer: Any) -> dict[str, torch.Tensor]:
+        state = optimizer.state.get(self.parameter, {})
+        moments = {name: state[name] for name in MOMENTS if name in state}
+        return moments | {"": self.parameter.detach()}
+
+    @torch.no_grad()
+    def _end(self, optimizer: Any, *_: Any) -> None:
+        if self._before is None:
+            return
+        for name, tensor in self._changing(optimizer).items():
+            before = self._before.get(name, 0)  # no moments: this was the first step
+            tensor.copy_(torch.where(self.sound.to(tensor.device), tensor, before))
+        self._before = None
 
 
 class AdamW(bitsandbytes.optim.AdamW):

@@ -15,7 +15,7 @@ from transformers import (
 from stages.lib.model import load
 from stages.lib.model.said import Said
 from stages.lib.model.sampling import Sampling, choose
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 
 BATCH = 8
 
@@ -31,6 +31,7 @@ class _Listening(StoppingCriteria):
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         preemption.check()
+        watchdog.alive()
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self.done[row]:
                 self.done[row] = not self.answers[row].add(token)

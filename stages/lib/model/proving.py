@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from stages.lib.model import host
 from stages.lib.model.adapter_files import WEIGHTS
 from stages.lib.model.folding import PREFIX, Derived, Weights, empty
-from stages.lib.run import preemption
+from stages.lib.run import preemption, watchdog
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 LARGEST_WHOLE = 3 * 2**30  # bytes in fp32 that the host may hold at once: merging stays below 8 GiB
@@ -155,6 +155,7 @@ def speak(
     cache, said = None, torch.empty((len(prompts), 0), dtype=torch.long, device=place)
     for _ in range(SPOKEN_STREAMED if is_streamed else SPOKEN):
         preemption.check()
+        watchdog.alive()
         where = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache,

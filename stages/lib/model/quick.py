@@ -46,11 +46,13 @@ class Quick:
     Attributes:
         remarks: what is not as usual, and why; a sentence each.
         seed: of the adapter's dropout, int32 scalar on the device, to be set for each bin.
+        recomputed, offloaded: layers, as they were arranged.
     """
 
     def __init__(self, tuned: Any, precision: str, unpacked: bool = False) -> None:
         self.tuned, self.precision = tuned, precision
         self.remarks: list[str] = []
+        self.recomputed = self.offloaded = 0
         self.causal = tuned.get_base_model()
         self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
         why = self._obstacle() or self._pack()
@@ -149,6 +151,7 @@ class Quick:
             recomputed: the first layers, so many, keep their input alone. offloaded: or they keep it, and what
                 attention read and wrote, on the host. lean: of those so many keep not what attention read.
         """
+        self.recomputed, self.offloaded = recomputed, offloaded
         if not self.packed:
             if recomputed or offloaded:
                 load.recompute(self.tuned)

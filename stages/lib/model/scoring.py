@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from stages.lib.model import compiling, cross_entropy, load, memory, plan
+from stages.lib.model import compiling, cross_entropy, load, memory, plan, shortage
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Row, Rows, held_out_bins, lay_out, pinned, to
 from stages.lib.model.quick import PROBE, Quick
@@ -100,13 +100,20 @@ class Scorer:
         bins = held_out_bins(rows.lengths, 0 if self.alone else self.tokens)
         place = load.device()
         total = torch.zeros(len(rows), 4, dtype=torch.int64, device=place)
-        with contextlib.nullcontext() if adapted else self.tuned.disable_adapter():
+        side = contextlib.nullcontext() if adapted else self.tuned.disable_adapter()
+        with shortage.explained(self._doing, shortage.WITHOUT_TRAINING), side:
             for numbers, batch in self._laid_out(rows, bins):
                 preemption.check()
                 if len(batch["targets"]):
                     total.index_add_(0, batch["owners"], self._judged(batch))
                 after_bin(int(rows.lengths[numbers].sum()))
         return Sums.of(total)
+
+    def _doing(self) -> str:
+        longest = int(self.lengths.max())
+        return (
+            f"a pass of {self.tokens} tokens, the longest row {longest}, base in {self.precision}"
+        )
 
     def _laid_out(
         self, rows: Rows, bins: Sequence[list[int]]

@@ -2,8 +2,8 @@
 
 import functools
 import math
+import pickle
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,82 +15,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, health, history, load
+from stages.lib.model import adapter, health, history, load, shortage
+from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
-from stages.lib.model.loss import (
-    Plan,
-    Rows,
-    Shape,
-    held_out_bins,
-    lay_out,
-    mean_nll,
-    nll_sum,
-    pinned,
-    to,
-)
+from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
-from stages.lib.run import failpoints, preemption
-from stages.lib.run.exits import Diverged, TryAgain
+from stages.lib.run import failpoints, preemption, watchdog
+from stages.lib.run.exits import BadData, Diverged, TryAgain
 from stages.lib.run.progress import Progress
 
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
 EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
-
-
-class Bins(torch.utils.data.Dataset[dict[str, Any]]):
-    """The run's bins as batches; each knows its step, its place there, and the step's learned tokens.
-
-    A thread lays out the next step's bins while this one's are computed, where the GPU can fetch them.
-
-    Args:
-        shape: see `train`. operations: of rows with these lengths and so many learned tokens.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        rows: Rows,
-        shape: Shape | None,
-        operations: Callable[[list[int], int], int],
-    ) -> None:
-        self.plan, self.rows, self.shape, self.operations = plan, rows, shape, operations
-        self._step_tokens: tuple[int, int] = (-1, 0)
-        self._ahead: dict[int, Future[dict[str, Any]]] = {}
-        self._thread = ThreadPoolExecutor(1, "bins")
-
-    def __len__(self) -> int:
-        return self.plan.total_bins
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        wanted = range(number, min(number + self.plan.bins_per_step + 1, len(self)))
-        for near in wanted:
-            if near not in self._ahead:
-                self._ahead[near] = self._thread.submit(self._lay_out, near)
-        for passed in self._ahead.keys() - set(wanted):
-            del self._ahead[passed]
-        return self._ahead.pop(number).result()
-
-    def _lay_out(self, number: int) -> dict[str, Any]:
-        step, place = divmod(number, self.plan.bins_per_step)
-        batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
-        facts = {"step": step, "bin": place, "step_tokens": self._tokens(step)}
-        return pinned(batch) | facts | {"tells": health.tells(batch)}
-
-    def _tokens(self, step: int) -> int:
-        if self._step_tokens[0] != step:
-            tokens = sum(
-                int(self.rows.trained[self.plan.rows(b)].sum()) for b in self.plan.step(step)
-            )
-            self._step_tokens = (step, tokens)
-        return self._step_tokens[1]
-
-    def work(self, step: int) -> tuple[int, int]:
-        """Tokens of a step, and floating-point operations, or 0 where those are not known."""
-        rows = np.concatenate([self.plan.rows(b) for b in self.plan.step(step)])
-        lengths = self.rows.lengths[rows].tolist()
-        return sum(lengths), self.operations(lengths, int(self.rows.trained[rows].sum()))
 
 
 class LoraTrainer(Trainer):
@@ -114,6 +51,7 @@ class LoraTrainer(Trainer):
         self.quick, self.bins, self.held_out, self.rate = quick, bins, held_out, rate
         self.longest_gradient, self.first = longest_gradient, first
         self.step_loss: torch.Tensor
+        self.shares: list[torch.Tensor] = []  # each bin's of it
 
     def get_train_dataloader(self) -> Any:
         """The bins in their order; a batch is one bin.
@@ -126,24 +64,33 @@ class LoraTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, on the adapter as one tensor."""
-        self.flat = Flat(adapter.trainable(self.model), self.longest_gradient)
+        parameters = adapter.trainable(self.model)
+        self.flat = Flat(parameters, self.longest_gradient, lambda: self.step_loss)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
         self.optimizer = unhurried(kind)([self.flat.parameter], **options)
-        self.optimizer.register_step_pre_hook(self.flat.gather)
+        self.flat.guard(self.optimizer)
         return self.optimizer
 
     def numbers(self) -> torch.Tensor:
-        """[2], on the device: the last step's loss in nats, and the norm of its gradient.
+        """On the device: the last step's loss in nats, its gradient's norm, and its bins' shares of the loss.
 
-        At the first step that can tell also those of each factor's gradient, before it was cut.
+        At the first step that can tell also the norm of each factor's gradient, before it was cut.
         """
-        found = torch.stack([self.step_loss, self.flat.norm])
+        found = torch.stack([self.step_loss, self.flat.norm, *self.shares])
         norms = self.first.norms()
         return found if norms is None else torch.cat([found, norms])
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """None of Trainer's own, which it takes over every small tensor: the flat one has it."""
+
+    def doing(self, rows: Rows) -> str:
+        """What is under way, in words."""
+        step = self.state.global_step
+        work = shortage.of_training(self.quick, self.bins.plan, rows)
+        if self.model.training:
+            return f"step {step + 1}: {work}"
+        return f"the evaluation after step {step}: {work}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not by Trainer, which walks through all parameters for every bin."""
@@ -162,12 +109,14 @@ class LoraTrainer(Trainer):
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         failpoints.reach("train.bin")
         preemption.check()
+        watchdog.alive()
         self.first.look(inputs)
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)  # for a base that has dropout of its own
         self.quick.seed.fill_(seed % 2**31)
         loss = nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
+        self.shares = [*(self.shares if inputs["bin"] else ()), loss.detach()]
         self.step_loss = loss.detach() + (self.step_loss if inputs["bin"] else 0)
         return loss
 
@@ -266,7 +215,8 @@ def train(
 
     Raises:
         TryAgain: stopped by a signal, the last whole step saved. Diverged: a loss or gradient is not finite.
-        GateFailed: an adapted module has no gradient at the first step.
+        GateFailed: an adapted module has no gradient at the first step. OutOfMemory: the GPU's ends.
+        BadData: a file of the checkpoint is no plain data.
     """
     done = history.steps_done(resume) if resume else 0
     if done >= plan.steps:
@@ -280,15 +230,31 @@ def train(
     trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"], first)
     trainer.remove_callback(PrinterCallback)
     with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
-        conduct = Conduct(bins, len(held_out) > 0, saved, progress, trainer.numbers, first.judge)
+        words = quick.tuned.config.vocab_size
+        conduct = Conduct(
+            bins, len(held_out) > 0, saved, progress, trainer.numbers, first.judge, words
+        )
         trainer.add_callback(conduct)
+        doing = functools.partial(trainer.doing, rows)
+        changes = shortage.remedies(quick, plan, rows, recipe["optimizer"])
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            with shortage.explained(doing, changes):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except pickle.UnpicklingError as error:
+            raise BadData(
+                f"a file of the checkpoint after step {done} holds more than numbers, and was not run "
+                f"({str(error).splitlines()[0]}): this program did not make it; remove that checkpoint"
+            ) from error
         except TryAgain:
-            conduct.settle(trainer.state)
-            step = trainer.state.global_step
-            if step > conduct.saved_step and not conduct.owes_evaluation(step):
-                trainer._save_checkpoint(quick.tuned, None)
-                conduct.on_save(trainer.args, trainer.state, trainer.control)
+            _keep(trainer, conduct)
             raise
     return conduct.pace.metrics()
+
+
+def _keep(trainer: LoraTrainer, conduct: Conduct) -> None:
+    """Save the last whole step of a run that is stopped, if it is sound and owes nothing."""
+    conduct.settle(trainer.state)
+    step = trainer.state.global_step
+    if step > conduct.saved_step and not conduct.owes_evaluation(step):
+        trainer._save_checkpoint(trainer.model, None)
+        conduct.on_save(trainer.args, trainer.state, trainer.control)

@@ -27,10 +27,14 @@ TERMINATION_BYTES = 4000  # of the 4096 that it keeps
 
 
 class StageError(click.ClickException):
-    """An end that has a code of its own. `slug` names it for programs."""
+    """An end that has a code of its own. `slug` names it for programs; `facts` go into `error.json`."""
 
     exit_code = 70
     slug = "fault"
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 class BadSetting(StageError):
@@ -94,7 +98,7 @@ class CannotRun(StageError):
 
 
 class Diverged(StageError):
-    """The loss or a gradient is not finite."""
+    """The loss or a gradient is not finite, or the loss stays far above its level."""
 
     exit_code, slug = 80, "diverged"
 
@@ -168,8 +172,8 @@ def classify(error: BaseException) -> click.ClickException | None:
     # By name, so that a run that never needed torch does not import it here.
     if type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(
-            f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
-            "or choose BASE_PRECISION=nf4"
+            f"the GPU is out of memory ({str(error).splitlines()[0]}); have nothing else on it, lower "
+            "MAX_NEW_TOKENS, BATCH_PROMPTS or MAX_LENGTH, or take a larger one"
         )
     return None
 
@@ -255,7 +259,7 @@ class Reported:
             "hint": row.hint,
             "attempt": self.attempt.number if self.attempt else None,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        } | getattr(known, "facts", {})
         notes.tell(TERMINATION_LOG, record, TERMINATION_BYTES)
         if self.run_dir and self.run_dir.is_dir() and not isinstance(known, InUse):
             try:

@@ -48,6 +48,12 @@ grace_seconds = setting(
 )  # fmt: skip
 
 
+stall_minutes = setting(
+    "--stall-minutes", "STALL_MINUTES", type=Number(low=0), default=30, identity=False,
+    help="End with 75 and all stacks when nothing is finished for so long; 0 waits for ever.",
+)  # fmt: skip
+
+
 def max_new_tokens(default: int) -> Decorator:
     """The length limit of an answer, whose default differs by stage."""
     return setting(

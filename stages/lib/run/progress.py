@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from stages.lib.run import watchdog
+
 EVERY_SECONDS = 5.0
 # What a line of 80 columns has room for.
 SHOWN = {
@@ -57,6 +59,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
+        watchdog.alive(watchdog.PATIENCE)
         if on_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -72,6 +75,7 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        watchdog.alive(watchdog.PATIENCE)
         if self.bar:
             self.bar.stop()
         elif self.done > self.written:
@@ -83,6 +87,7 @@ class Progress:
 
     def update(self, done: int, **fields: Any) -> None:
         """`done` of the total are finished; `fields` are shown beside."""
+        watchdog.alive(1)
         self.done = done
         self.fields.update(fields)
         now = time.monotonic()

@@ -26,6 +26,7 @@ from stages.lib.run import (
     options,
     preemption,
     settings,
+    watchdog,
 )
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, CannotWrite, Missing, StageError, TryAgain
@@ -54,7 +55,9 @@ PACKAGES = (
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every stage has."""
-    for decorate in (options.grace_seconds, options.max_runtime, options.force):
+    for decorate in (
+        options.stall_minutes, options.grace_seconds, options.max_runtime, options.force,
+    ):  # fmt: skip
         command = decorate(command)
     return reading_options(command)
 
@@ -76,6 +79,7 @@ class Run:
         self.force: bool = ctx.params.get("force", False)
         self.allow_stale: bool = ctx.params["allow_stale"]
         self.deep: bool = ctx.params["verify"]
+        self.stall_minutes: float = ctx.params.get("stall_minutes", 0)
         self.settings = settings.recorded(ctx)
         self.attempt = attempts.Attempt(self.folder, self.stage, self.settings, self.force)
         self.started = time.monotonic()
@@ -287,7 +291,7 @@ class Run:
             self.ctx.obj.attempt = self.attempt
         with lease.held(self.folder, self.stage, self.attempt.beat) as self.check_held:
             self.attempt.check_held = self.check_held
-            with self.attempt, self._scratch() as folder:
+            with self.attempt, self._watched(), self._scratch() as folder:
                 try:
                     yield folder
                 finally:
@@ -297,9 +301,14 @@ class Run:
         """Count what is verified, so that this attempt was not in vain."""
         self.attempt.progressed()
 
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        outcome = self.ctx.obj if isinstance(self.ctx.obj, exits.Reported) else exits.Reported()
+        return watchdog.watching(self.stall_minutes, self.folder, outcome.last_words)
+
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
-        (self.folder / exits.ERROR).unlink(missing_ok=True)
+        for name in (exits.ERROR, watchdog.FILE):
+            (self.folder / name).unlink(missing_ok=True)
         parent = environment.scratch_parent()
         with artifact.writing(parent):
             failpoints.reach("scratch")

@@ -3,6 +3,7 @@
 from itertools import chain
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def test_how_many_bins_does_not_depend_on_the_seed(lengths: np.ndarray, one: int
     assert len(counts) == 1
 
 
+@pytest.mark.case("E14")
 @given(lengths, st.integers(1, 5), st.sampled_from([0.5, 1, 2, 3.5]), seeds)
 def test_a_step_is_a_pure_function(
     lengths: np.ndarray, per_step: int, epochs: float, seed: int

@@ -39,11 +39,15 @@ def test_pieces_of_a_conversation_have_its_number(maker: Maker) -> None:
     long = "### Human: Say it.### Assistant: " + "one two three four five " * 30
     first = maker.file("one.jsonl", rows(2))
     second = maker.file("two.jsonl", [long, *rows(1, first=90)])
-    part = Part(maker.prepare(f"{first},{second}", limit=64, policy="split").folder / "train.arrow")
+    made = maker.prepare(f"{first},{second}", limit=64, policy="split").folder / "train.arrow"
+    part = Part(made, ["one", "two"])
     pieces = len(part) - 3
     assert pieces > 1
     assert part.numbers.tolist() == [1, 2, *[3] * pieces, 4]
     assert part.sources.tolist() == [0, 0, *[1] * pieces, 1]
+    assert part.place(1) == {"source": "one", "row": 2, "tokens": part.lengths[1]}
+    assert part.place(2) == {"source": "two", "row": 3, "tokens": part.lengths[2]}
+    assert Part(made).place(2)["source"] == 1
 
 
 def test_a_part_without_rows(maker: Maker) -> None:

@@ -24,6 +24,9 @@ class MemoryRows:
     def __getitem__(self, row: int) -> Row:
         return self.rows[row]
 
+    def place(self, row: int) -> dict[str, Any]:
+        return {"row": row}
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

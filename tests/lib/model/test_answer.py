@@ -1,16 +1,19 @@
 """Answers end where they should, and a batch says what each prompt alone would hear."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.lib.data.formats import Stops
 from stages.lib.data.tokens import Tokens
 from stages.lib.model.answer import Speaker
 from stages.lib.model.said import Ends, Said, answer_of
 from stages.lib.model.sampling import GREEDY, Sampling
+from stages.lib.run.exits import OutOfMemory
 
 STOP = "### Human:"
 
@@ -85,3 +88,22 @@ def test_generation_stops_at_the_next_turn(attach: Callable[..., Any], tokens: T
     assert stopped.finish == "stop"
     assert stopped.tokens < 12
     assert free.text.startswith(stopped.text)
+
+
+@pytest.mark.case("E4")
+def test_where_the_memory_ends_it_says_what_was_answered(
+    attach: Callable[..., Any], tokens: Tokens
+) -> None:
+    speaker = Speaker(attach(), "fp32", tokens, stops(tokens, STOP), 6)
+    speaker.decoding = None
+
+    def spill(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 is full.")
+
+    speaker.tuned.get_base_model().model.layers[0].register_forward_pre_hook(spill)
+    prompts = [ids_of(tokens, text) for text in ("One", "Two words")]
+    words = (
+        f"answering 2 prompts, the longest {max(map(len, prompts))} tokens, base in fp32 (Tried to"
+    )
+    with pytest.raises(OutOfMemory, match=re.escape(words)):
+        list(speaker.each(prompts))

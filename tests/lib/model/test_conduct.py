@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from stages.lib.model.conduct import Conduct
+from stages.lib.model.conduct import Conduct, check_level
 from stages.lib.model.pace import Pace, counter
 from stages.lib.model.pending import Moment, Numbers
 from stages.lib.model.quick import Quick
@@ -23,8 +23,15 @@ class Steps:
     class plan:  # noqa: N801
         steps = 8
 
+        @staticmethod
+        def step(number: int) -> range:
+            return range(2 * number, 2 * number + 2)
+
     def work(self, step: int) -> tuple[int, int]:
         return 10, 1000 + step
+
+    def places(self, step: int, bins: Any) -> list[dict[str, Any]]:
+        return [{"bin": place, "row": 10 * step + place} for place in bins]
 
 
 class Loop:
@@ -37,14 +44,14 @@ class Loop:
         steps: Any = Steps()
         self.conduct = Conduct(
             steps, True, lambda *_: None, Progress(8, "steps"), lambda: self.values,
-            lambda step, loss, more: {"more": [step, *more]},
+            lambda step, loss, more: {"more": [step, *more]}, words=1000,
         )  # fmt: skip
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (done + 1))
 
     def step(self, loss: float, norm: float) -> list[int]:
-        """Hand over a step; the steps that are in the log behind it."""
-        self.values = torch.tensor([loss, norm])
+        """Hand over a step of two bins, the second with all its loss; the steps in the log behind it."""
+        self.values = torch.tensor([loss, norm, 0, loss])
         given: Any = (self.arguments, self.state, self.control)
         self.conduct.on_optimizer_step(*given, lr_scheduler=self.scheduler)
         self.scheduler.optimizer.step()
@@ -74,9 +81,55 @@ def test_numbers_that_are_none_end_the_run_one_step_late_under_their_own_step(
     loop.step(1, 1)
     loop.step(1, 1)
     loop.step(loss, norm)
-    with pytest.raises(Diverged, match="step 3 is not finite"):
+    with pytest.raises(Diverged, match="step 3 is not finite") as caught:
         loop.step(1, 1)
+    bins = [1] if loss != 1 else [0, 1]  # a norm does not say which
+    rows = [{"bin": place, "row": 20 + place} for place in bins]
+    assert caught.value.facts == {"step": 3, "bins": bins, "rows": rows}
     assert [entry["step"] for entry in loop.state.log_history] == [1, 2]
+
+
+def entries(*losses: float) -> list[dict[str, Any]]:
+    """A log, with an evaluation behind every step."""
+    found: list[dict[str, Any]] = []
+    for number, loss in enumerate(losses):
+        found += [{"step": number + 1, "loss": loss}, {"step": number + 1, "eval_loss": 99.0}]
+    return found
+
+
+@pytest.mark.case("E8")
+@pytest.mark.parametrize("before", [[2.0] * 5, [2.0] * 200, [2.0, 40.0, 2.0, 2.0, 40.0]])
+def test_a_loss_that_leaves_its_level_for_good_ends_the_run(before: list[float]) -> None:
+    """ln 1000 is 6.9, and three times the level 6."""
+    check_level(entries(*before, *[7.0] * 19), 1000)
+    with pytest.raises(Diverged, match=r"above 6\.91 in all of the last 20 steps") as caught:
+        check_level(entries(*before, *[7.0] * 20), 1000)
+    assert caught.value.facts == {"step": len(before) + 20}
+
+
+@pytest.mark.case("E8")
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0] * 30 + [7.0] * 19 + [5.0] + [7.0] * 19,  # comes back
+        [2.0] * 30 + [6.8] * 20,  # no worse than guessing
+        [4.0] * 30 + [11.0] * 20,  # less than three times its level
+        [2.0] * 4 + [50.0] * 20,  # has no level yet
+        [50.0] * 100,  # is its level
+    ],
+)
+def test_a_loss_that_is_merely_high_does_not(losses: list[float]) -> None:
+    for end in range(1, len(losses) + 1):
+        check_level(entries(*losses[:end]), 1000)
+
+
+@pytest.mark.case("E8")
+def test_the_loop_looks_at_the_level_of_every_step(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.state.log_history = entries(*[1.0] * 30, *[9.0] * 19)
+    loop.step(9.0, 1.0)
+    with pytest.raises(Diverged, match="it diverged; lower LEARNING_RATE"):
+        loop.step(9.0, 1.0)
 
 
 def test_numbers_are_those_of_their_moment() -> None:

@@ -1,5 +1,7 @@
 """One tensor for the optimizer is as good as many."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,19 +16,27 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape)) for shape in ((64, 512), (256, 128), (16, 4096))]
 
 
-def step_thrice(
-    parts: list[nn.Parameter], steps: list[nn.Parameter], optimizer: str, flat: Flat | None
-) -> None:
+OPTIMIZERS = ["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]
+
+
+def named(optimizer: str) -> tuple[Any, dict[str, Any]]:
+    """The class that Trainer takes for a name, and its options."""
     import bitsandbytes as bnb
 
-    kind, options = {
+    return {
         "adamw_8bit": (bnb.optim.AdamW, {"optim_bits": 8}), "adamw_torch": (torch.optim.AdamW, {}),
         "paged_adamw_8bit": (bnb.optim.AdamW, {"optim_bits": 8, "is_paged": True}),
     }[optimizer]  # fmt: skip
+
+
+def step_thrice(
+    parts: list[nn.Parameter], steps: list[nn.Parameter], optimizer: str, flat: Flat | None
+) -> None:
+    kind, options = named(optimizer)
     found = (unhurried(kind) if flat else kind)(steps, lr=1e-2, weight_decay=0.1, **options)
     assert (type(found) is kind) == (not flat or optimizer == "adamw_torch")
     if flat:
-        found.register_step_pre_hook(flat.gather)
+        flat.guard(found)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         for part in parts:
@@ -38,7 +48,7 @@ def step_thrice(
             part.grad = None
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_three_steps_are_those_of_the_parts(optimizer: str) -> None:
     alone, together = parameters(), parameters()
     step_thrice(alone, alone, optimizer, None)
@@ -85,3 +95,43 @@ def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite(bad: float) -> 
     parts[1].grad[3, 4] = bad
     flat.gather()
     assert not torch.isfinite(flat.norm)
+
+
+@pytest.mark.case("E7")
+@pytest.mark.parametrize("spoiled", ["gradient", "loss"])
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_step_is_taken_from_the_first_that_is_not_sound_on(
+    optimizer: str, bad: int, spoiled: str
+) -> None:
+    """Weights and moments stay to the last bit; steps behind it, sound themselves, are not taken either."""
+    parts = parameters()
+    loss = torch.ones(())
+    flat = Flat(parts, LONGEST, lambda: loss)
+    kind, options = named(optimizer)
+    found = unhurried(kind)([flat.parameter], lr=1e-2, weight_decay=0.1, **options)
+    flat.guard(found)
+    for number in range(bad + 3):
+        before = {n: t.clone() for n, t in moments(found, flat).items()}
+        for part in parts:
+            part.grad = torch.randn_like(part)
+        if number == bad and spoiled == "gradient":
+            parts[1].grad[3, 4] = torch.inf  # type: ignore[index]
+        loss = torch.tensor(torch.nan if number == bad and spoiled == "loss" else 1.0)
+        found.step()
+        after = moments(found, flat)
+        assert bool(flat.sound) == (number < bad)
+        if number < bad:
+            assert not torch.equal(after["weights"], before["weights"])
+            continue
+        for name, tensor in after.items():
+            assert torch.equal(tensor, before.get(name, torch.zeros_like(tensor))), name
+    assert torch.equal(parts[2].flatten(), after["weights"][-parts[2].numel() :])
+
+
+def moments(optimizer: torch.optim.Optimizer, flat: Flat) -> dict[str, torch.Tensor]:
+    """What a step changes, but its number and bitsandbytes' tables."""
+    state = optimizer.state.get(flat.parameter, {})
+    tensors = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and n != "step"}
+    kept = {n: t for n, t in tensors.items() if not n.startswith("qmap")}
+    return kept | {"weights": flat.parameter.detach()}

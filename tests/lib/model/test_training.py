@@ -45,7 +45,7 @@ def run(
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
     held_out = type(rows)(rows.rows[:2])
     quick = Quick(tuned, precision)
-    quick.arrange(False)
+    quick.arrange(0)
     shape = quick.shape(rows.lengths, capacity)
     training.train(
         quick, plan, rows, held_out, shape, scratch, RECIPE | changed, resume=resume, saved=saved
@@ -112,42 +112,65 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(
         assert mean == pytest.approx(total / rows.trained.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+# Six steps of three bins, evaluated after 2, 3, 5 and 6 in one pass each: the pass that is behind when the stop
+# is asked for, and what is saved by then.
+STOPS = {
+    "in the first step": (1, []),
+    "in an evaluation": (6, []),
+    "between two steps": (14, [2, 3, 4]),
+    "in the middle of an accumulation": (15, [2, 3, 4]),
+    "in a later evaluation": (17, [2, 3]),
+    "in the last step": (20, [2, 3, 5]),
+    "behind the last step": (21, [2, 3, 5]),
+}
+WHOLE: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "where", "how"),
+    [
+        *(("fp8", "adamw_8bit", where, "the wall limit") for where in STOPS),
+        ("fp32", "adamw_torch", "in the middle of an accumulation", "SIGTERM"),
+        ("nf4", "paged_adamw_8bit", "in the middle of an accumulation", "SIGUSR1"),
+        ("bf16", "adamw_8bit", "in the middle of an accumulation", "SIGINT"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_run(
-    attach: Callable[..., Any],
-    some_rows: Callable[..., Any],
-    tmp_path: Path,
-    optimizer: str,
-    precision: str,
-) -> None:
-    """Dropout on, evaluated on the way, stopped in the middle of an accumulation, to the last bit."""
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, precision: str,
+    optimizer: str, where: str, how: str,
+) -> None:  # fmt: skip
+    """Dropout on, evaluated on the way, to the last bit."""
     rows = some_rows(*range(8, 28))
     options: dict[str, Any] = {"optimizer": optimizer, "precision": precision, "steps": 6}
-    tuned = attach(precision, dropout=0.1, rank=16)
-    whole = run(tuned, rows, 40, 3, tmp_path / "whole", **options)
+    if (precision, optimizer) not in WHOLE:
+        tuned = attach(precision, dropout=0.1, rank=16)
+        WHOLE[precision, optimizer] = run(tuned, rows, 40, 3, tmp_path / "whole", **options)
 
+    at, kept = STOPS[where]
     saved: list[Path] = []
-    tuned = attach(precision, dropout=0.1, rank=16)
-    count = 0
+    tuned, seen = attach(precision, dropout=0.1, rank=16), 0
 
-    def signal_in_the_fifth_step(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count == 15:  # after four steps and two evaluations; noticed before the next bin
-            signal.raise_signal(signal.SIGTERM)
+    def stop(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at and how == "the wall limit":
+            preemption.request("MAX_RUNTIME is over")
+        elif seen == at:
+            signal.raise_signal(signal.Signals[how])
 
-    hook = tuned.register_forward_hook(signal_in_the_fifth_step)
+    hook = tuned.register_forward_hook(stop)
     preemption.listen()
-    with pytest.raises(TryAgain, match="SIGTERM"):
+    with pytest.raises(TryAgain, match="MAX_RUNTIME" if how == "the wall limit" else how):
         run(tuned, rows, 40, 3, tmp_path / "cut", saved=lambda f, *_: saved.append(f), **options)
     preemption.listen()
     hook.remove()
-    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in saved] == [f"checkpoint-{step}" for step in kept]
 
     tuned = attach(precision, dropout=0.1, rank=16)
-    resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=saved[-1], **options)
-    for name, tensor in whole.items():
+    resume = saved[-1] if saved else None
+    resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=resume, **options)
+    for name, tensor in WHOLE[precision, optimizer].items():
         assert torch.equal(tensor, resumed[name]), name
 
 
@@ -194,6 +217,8 @@ def test_the_logged_loss_is_the_mean_over_a_steps_learned_tokens(
 
 
 # Of six steps, 2, 3, 5 and 6 are evaluated and saved.
+@pytest.mark.case("E7")
+@pytest.mark.promise("P4")
 @pytest.mark.parametrize(
     ("bad", "kept"), [(1, []), (2, []), (4, [2, 3]), (5, [2, 3]), (6, [2, 3, 5])]
 )
@@ -202,7 +227,7 @@ def test_nothing_is_kept_of_a_gradient_that_is_not_finite(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, bad: int,
     kept: list[int], stopped: bool,
 ) -> None:  # fmt: skip
-    """Nor by a signal, on which a step is saved that nobody has looked at yet."""
+    """Nor by a signal, on which a step is saved that nobody has looked at yet; nor in memory."""
     saved: list[Path] = []
     tuned, steps = attach(), 0
 
@@ -214,21 +239,50 @@ def test_nothing_is_kept_of_a_gradient_that_is_not_finite(
         return gradient * torch.nan if steps == bad else gradient
 
     next(p for n, p in tuned.named_parameters() if "lora_B" in n).register_hook(spoil)
+    rows = some_rows(*range(8, 28))
     preemption.listen()
-    with pytest.raises(Diverged, match=f"(loss after|gradient of) step {bad} is not finite"):
-        run(
-            tuned, some_rows(*range(8, 28)), 40, 1, tmp_path, steps=6,
-            saved=lambda folder, *_: saved.append(folder),
-        )  # fmt: skip
+    with pytest.raises(Diverged, match=f"gradient of step {bad} is not finite") as caught:
+        run(tuned, rows, 40, 1, tmp_path, steps=6, saved=lambda f, *_: saved.append(f))
     preemption.listen()
     assert [path.name for path in saved] == [f"checkpoint-{step}" for step in kept]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [p.name for p in saved]
     for path in saved:
         for tensor in load_file(path / "adapter_model.safetensors").values():
             assert torch.isfinite(tensor).all()
+    wanted = Schedule(rows.lengths, 40, 1, 1, 6, 0).rows(bad - 1).tolist()
+    expected = [{"bin": 0, "row": row} for row in wanted]
+    assert caught.value.facts == {"step": bad, "bins": [0], "rows": expected}
+    before = run(attach(), rows, 40, 1, tmp_path / "on", steps=bad - 1) if bad > 1 else None
+    for name, tensor in (before or weights(attach())).items():
+        assert torch.equal(tensor, weights(tuned)[name]), name
 
 
-def test_a_loss_that_is_not_finite_names_its_step(
+@pytest.mark.case("E7")
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+def test_a_loss_that_is_not_finite_names_its_step_and_rows_though_its_gradient_is(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path, optimizer: str
+) -> None:
+    """The second bin of the second of three steps."""
+    rows, tuned, seen = some_rows(*range(8, 28)), attach(rank=16), 0
+
+    def spoil(model: Any, inputs: object, loss: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += model.training
+        return loss + torch.nan if model.training and seen == 5 else loss
+
+    hook = tuned.register_forward_hook(spoil)
+    with pytest.raises(Diverged, match="the loss after step 2 is not finite; lower") as caught:
+        run(tuned, rows, 40, 3, tmp_path / "bad", optimizer=optimizer)
+    hook.remove()
+    wanted = [{"bin": 1, "row": r} for r in Schedule(rows.lengths, 40, 3, 1, 3, 0).rows(4).tolist()]
+    assert caught.value.facts == {"step": 2, "bins": [1], "rows": wanted}
+    before = run(attach(rank=16), rows, 40, 3, tmp_path, steps=1, optimizer=optimizer)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, weights(tuned)[name]), name
+
+
+@pytest.mark.case("E7")
+def test_weights_that_are_no_numbers_end_the_run(
     attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
 ) -> None:
     tuned = attach()
