@@ -107,13 +107,14 @@ from stages.lib.run.values import Names, Number
     "instead; auto does what memory asks for.",
 )  # fmt: skip
 @options.seed
+@options.expect_gpu
 @run_options
 @click.pass_context
 def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    **recipe: object,
+    expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
@@ -121,7 +122,7 @@ def train(
     from stages.lib.model.base import Base
     from stages.lib.report import card
     from stages.lib.report.table import table
-    from stages.lib.run import checkpoints
+    from stages.lib.run import checkpoints, gpu
     from stages.lib.run.artifact import sha256
 
     run = Run(ctx)
@@ -135,6 +136,7 @@ def train(
         inputs["init_adapter"] = sha256(adapter_files.find(init_adapter) / adapter_files.WEIGHTS)
     if run.finished("adapter", inputs, replace=False):
         return
+    gpu.require(base_precision, expect_gpu)
     with run.work() as scratch:
         base.fetch()
         inputs["base"] = base.identity()

@@ -13,6 +13,8 @@ from types import TracebackType
 
 import click
 
+from stages.lib.run import gpu_errors
+
 
 class StageError(click.ClickException):
     """An end that has a code of its own. `slug` names it for programs."""
@@ -159,6 +161,8 @@ class Reported:
                 f"the GPU is out of memory ({str(error).splitlines()[0]}); lower MICRO_BATCH_TOKENS "
                 "or choose BASE_PRECISION=nf4"
             )
+        if gone := gpu_errors.lost(error):
+            return TryAgain(f"the GPU is lost ({gone}); the same command goes on, on a sound one")
         return None
 
     def _say(self, error: StageError) -> None:

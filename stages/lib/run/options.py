@@ -14,6 +14,10 @@ base_model = setting(
 base_revision = setting(
     "--base-revision", "BASE_REVISION", help="Commit, tag or branch of a hub base model."
 )
+expect_gpu = setting(
+    "--expect-gpu", "EXPECT_GPU", is_flag=True, identity=False,
+    help="A GPU was promised: where there is none, end with 75 instead of computing on the CPU.",
+)  # fmt: skip
 seed = setting(
     "--seed",
     "SEED",

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
+from stages.lib.run import artifact, environment, failpoints, growing, lease, preflight, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -263,6 +263,7 @@ class Run:
     @contextlib.contextmanager
     def work(self) -> Iterator[Path]:
         """Hold the run directory, with a scratch folder that goes away at the end."""
+        preflight.start(self.folder, environment.scratch_parent())
         with lease.held(self.folder) as self.check_held:
             (self.folder / "error.json").unlink(missing_ok=True)
             parent = environment.scratch_parent()
