@@ -34,6 +34,11 @@ class Base:
                 f"there is no base model at {self.path.absolute()}; name a folder or a hub id"
             )
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether it comes from there, or from what `fetch` brought."""
+        return not (self.is_sample or self.is_local)
+
     @classmethod
     def recorded(cls, identity: dict[str, Any]) -> "Base":
         """The base that an artifact was made with."""
@@ -123,6 +128,10 @@ class Base:
             raise BadData(
                 f"{self.folder} has no safetensors weights; convert them with save_pretrained"
             )
+
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def check_length(self, max_length: int) -> None:
         """Refuse rows longer than the model's context."""

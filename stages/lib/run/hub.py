@@ -4,7 +4,7 @@ import json
 from errno import ENOSPC
 from pathlib import Path
 
-from stages.lib.run import environment
+from stages.lib.run import environment, fetched
 from stages.lib.run.exits import (
     BadSetting,
     CannotWrite,
@@ -49,6 +49,9 @@ def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, st
         NoPermission: gated, private, or a wrong token. Missing: no such repository, revision or cached file.
         TryAgain: the hub or the network failed.
     """
+    if there := fetched.find(repository, revision, what):
+        return there
+    revision = fetched.commit_of(repository, revision, what) or revision
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -93,7 +96,9 @@ def told_apart(
     if isinstance(error, errors.RevisionNotFoundError):
         return Missing(f"{repository} has no revision {revision!r}")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return Missing(f"{repository} is not in the cache, and HF_HUB_OFFLINE is set")
+        return Missing(
+            f"{repository} is not in the cache, and HF_HUB_OFFLINE is set; run `fetch` where there is a network"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):  # wraps what kept it from asking the hub
         return told_apart(error.__cause__, repository, revision) or _no_answer(repository, error)
     if isinstance(error, errors.EntryNotFoundError):

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import click
+
 from stages.lib.run.progress import say
 from stages.lib.run.settings import Decorator, setting
-from stages.lib.run.values import Number, Texts, flat
+from stages.lib.run.values import Names, Number, Texts, flat
 
 base_model = setting(
     "--base-model", "BASE_MODEL", required=True,
@@ -17,6 +19,23 @@ base_revision = setting(
 expect_gpu = setting(
     "--expect-gpu", "EXPECT_GPU", is_flag=True, identity=False,
     help="A GPU was promised: where there is none, end with 75 instead of computing on the CPU.",
+)  # fmt: skip
+base_precision = setting(
+    "--base-precision", "BASE_PRECISION", default="nf4",
+    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32", "auto"]),
+    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8, on Ada, Hopper and newer; "
+    "auto the fastest that fits.",
+)  # fmt: skip
+rank = setting(
+    "--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter."
+)
+targets = setting(
+    "--targets", "LORA_TARGETS", type=Names(), default="q_proj,v_proj",
+    help="Linear modules that get an adapter, or `all-linear`.",
+)  # fmt: skip
+optimizer = setting(
+    "--optimizer", "OPTIMIZER", default="adamw_8bit", help="AdamW's state in 8 bit or whole.",
+    type=click.Choice(["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]),
 )  # fmt: skip
 seed = setting(
     "--seed",

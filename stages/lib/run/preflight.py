@@ -87,29 +87,32 @@ def lasting(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> Check:
     return Check(name, f"{kind} at {point}" if kind else "unknown")
 
 
-def room(needs: Iterable[tuple[str, Path, int]]) -> list[Check]:
+Need = tuple[str, Path, int]
+
+
+def room(needs: Iterable[Need]) -> list[Check]:
     """Whether the disks have room for some things together: what, the folder for it, and its bytes."""
-    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    disks: dict[int, list[Need]] = {}
     for what, folder, size in needs:
-        disks.setdefault(_there(folder).stat().st_dev, []).append((what, folder, size))
+        if size:
+            disks.setdefault(_there(folder).stat().st_dev, []).append((what, folder, size))
     return [_room(parts) for parts in disks.values()]
 
 
-def _room(parts: list[tuple[str, Path, int]]) -> Check:
-    name, folder, size = "room", parts[0][1], sum(size for *_, size in parts)
+def _room(parts: list[Need]) -> Check:
+    name, folder, size = "room", parts[0][1].absolute(), sum(size for *_, size in parts)
     usage = shutil.disk_usage(_there(folder))
-    listed = ", ".join(f"{what} {size / 2**30:.1f}" for what, _, size in parts)
-    said = f"{size / 2**30:.1f} GiB ({listed})"
     if not usage.total:  # some mounts of object stores
-        return Check(name, f"{folder.absolute()} does not say how much is free", state="skip")
+        return Check(name, f"{folder} does not say how much is free", state="skip")
+    listed = ", ".join(f"{what} {_bytes(size)}" for what, _, size in parts)
+    said = f"{folder} has {_bytes(usage.free)} free, and {_bytes(size)} are needed: {listed}"
     if usage.free < size:
-        return failed(
-            name, CannotWrite, f"{folder.absolute()} has {usage.free / 2**30:.1f} GiB free, and needs {said}",
-            "free some, or choose another folder",
-        )  # fmt: skip
-    return Check(
-        name, f"{folder.absolute()} has {usage.free / 2**30:.1f} GiB free, and needs {said}"
-    )
+        return failed(name, CannotWrite, said, "free some, or choose another folder")
+    return Check(name, said)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 1 << 28 else f"{size / 2**20:,.1f} MiB"
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Check:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import environment, failpoints, preemption, progress
+from stages.lib.run import environment, failpoints, fetched, preemption, progress
 from stages.lib.run.exits import BadSetting
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -79,6 +79,7 @@ class Stage(click.Command):
         outcome = ctx.obj
         outcome.stage = ctx.info_name
         outcome.run_dir = ctx.params.get("run_dir")
+        fetched.use(outcome.run_dir)
         preemption.listen()
         failpoints.arm()
         environment.quiet_libraries()
