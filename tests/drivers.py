@@ -47,7 +47,7 @@ int nvmlDeviceGetMemoryInfo(void *gpu, Bytes *out) {
 
 
 def driver(folder: Path) -> Path:
-    """A folder for LD_LIBRARY_PATH with the library of a driver, which answers as FAKE_... in the environment say."""
+    """A folder for LD_LIBRARY_PATH with a driver's library; it answers what FAKE_... in the environment say."""
     source = folder / "nvml.c"
     source.write_text(SOURCE)
     library = folder / "libnvidia-ml.so.1"

@@ -5,6 +5,7 @@ to standard output, and nothing to the run directory; ends with the exit code of
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 @options.expect_gpu
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 @run_dir_option
-@click.pass_context
 def doctor(
-    ctx: click.Context, /, base_precision: str, rank: int, targets: tuple[str, ...], optimizer: str,
+    base_precision: str, rank: int, targets: tuple[str, ...], optimizer: str,
     dataset: str, dataset_revision: str | None, expect_gpu: bool, as_json: bool, run_dir: Path,
     base_model: str, base_revision: str | None,
 ) -> None:  # fmt: skip
@@ -63,7 +63,7 @@ def doctor(
     else:
         rows = [(check.name, check.state, check.sentence) for check in found]
         click.echo(table(("check", "state", "found"), rows))
-    ctx.exit(next((check.code for check in found if check.failure), 0))
+    sys.exit(next((check.code for check in found if check.failure), 0))
 
 
 def _gpu(found: "list[Check]") -> "list[Check]":

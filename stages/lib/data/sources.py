@@ -11,7 +11,7 @@ from typing import Any
 from stages.lib.data import reading, remote
 from stages.lib.data.reading import Chunk, Row, Rows
 from stages.lib.data.wanted import Wanted, parse, plain
-from stages.lib.run import fetched, hub
+from stages.lib.run import access, fetched
 from stages.lib.run.artifact import Artifact, sha256
 from stages.lib.run.exits import BadData, Missing
 from stages.lib.run.rundir import Run
@@ -169,7 +169,7 @@ def _behind_url(url: str, folder: Path) -> Source:
 
 def _on_hub(name: str, revision: str | None) -> Source:
     _check_hub_id(name)
-    folder, commit = hub.snapshot(name, revision, "dataset")
+    folder, commit = access.snapshot(name, revision, "dataset")
     return replace(_split(name, _below(folder)), revision=commit, root=folder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.model import sample
-from stages.lib.run import hub
+from stages.lib.run import access, hub
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
 from stages.lib.run.progress import say
 
@@ -61,7 +61,7 @@ class Base:
         else:
             what = "model" if weights else "tokenizer"
             say(f"fetching the {what} of {self.name}")
-            self.folder, self.commit = hub.snapshot(self.name, self.revision, what)
+            self.folder, self.commit = access.snapshot(self.name, self.revision, what)
         self._check(weights)
         return self.folder
 

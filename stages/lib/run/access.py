@@ -1,9 +1,18 @@
-"""Whether a repository of the hub can be had: fetched, in the cache, or there and open to this token."""
+"""A repository as this run sees it: fetched and pinned, in the hub's cache, or on the hub, open to us or not."""
+
+from pathlib import Path
 
 from stages.lib.run import environment, fetched, hub
 from stages.lib.run.checks import Check, refused
 from stages.lib.run.exits import StageError
 from stages.lib.run.listing import Listing, listing
+
+
+def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, str]:
+    """As `hub.snapshot`, from what `fetch` brought where it did, at the commit that it pinned the run to."""
+    there = fetched.find(repository, revision, what)
+    pinned = fetched.commit_of(repository, revision, what)
+    return there or hub.snapshot(repository, pinned or revision, what)
 
 
 def check(

@@ -4,7 +4,7 @@ import json
 from errno import ENOSPC
 from pathlib import Path
 
-from stages.lib.run import environment, fetched
+from stages.lib.run import environment
 from stages.lib.run.exits import (
     BadSetting,
     CannotWrite,
@@ -49,9 +49,6 @@ def snapshot(repository: str, revision: str | None, what: str) -> tuple[Path, st
         NoPermission: gated, private, or a wrong token. Missing: no such repository, revision or cached file.
         TryAgain: the hub or the network failed.
     """
-    if there := fetched.find(repository, revision, what):
-        return there
-    revision = fetched.commit_of(repository, revision, what) or revision
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 

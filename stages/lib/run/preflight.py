@@ -62,7 +62,7 @@ def mount_of(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return found
-    wanted = _there(folder).resolve()
+    wanted = folder.resolve()
     for line in lines:
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), left.split()[4])

@@ -1,4 +1,4 @@
-"""What stages learn of the GPU before torch is imported, by a driver's library and a wheel that are files here."""
+"""What is learned of the GPU before torch is imported, from a driver's library and a wheel that are files."""
 
 import importlib.util
 import json
@@ -228,13 +228,9 @@ def test_errors_of_a_lost_gpu(error: Exception, is_lost: bool) -> None:
 
 @pytest.mark.case("E9")
 def test_lost_gpu_below_another_error() -> None:
-    try:
-        try:
-            raise AcceleratorError("CUDA error: unspecified launch failure")
-        except AcceleratorError as error:
-            raise KeyError("state") from error
-    except KeyError as error:
-        assert isinstance(Reported.classify(error), TryAgain)
+    error = KeyError("state")
+    error.__cause__ = AcceleratorError("CUDA error: unspecified launch failure")
+    assert isinstance(Reported.classify(error), TryAgain)
 
 
 def test_installed_wheel_is_read_as_torch_says_it() -> None:

@@ -39,10 +39,8 @@ def docker(tmp_path: Path) -> Path:
     ],
 )
 def test_folder_that_goes_with_the_container(
-    docker: Path, folder: str, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+    docker: Path, folder: str, state: str, words: str
 ) -> None:
-    # The folders of that container are not here to be resolved.
-    monkeypatch.setattr(preflight, "_there", lambda path: path)
     found = preflight.lasting(Path(folder), docker)
     assert found.state == state
     assert words in found.found
