@@ -86,7 +86,7 @@ def test_gate_that_stands_before_the_files_alone(
     env = {"BASE_MODEL": "owner/tiny", "DATASET": str(rows), "HF_ENDPOINT": hub.url}
     done = stages("doctor", "--json", "--run-dir", tmp_path / "run", env=env)
     assert (done.returncode, failing(done)) == (77, ["base model"])
-    assert "huggingface.co/owner/tiny" in checks(done)["base model"]["remedy"]
+    assert "huggingface.co/owner/tiny" in checks(done)["base model"]["found"]
 
 
 def test_first_failure_gives_the_exit_code(

@@ -1,4 +1,4 @@
-"""A repository as this run sees it: fetched and pinned, in the hub's cache, or on the hub, open to us or not."""
+"""A repository as this run sees it: fetched and pinned, in the cache, or on the hub and open to us or not."""
 
 from pathlib import Path
 
