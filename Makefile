@@ -21,17 +21,17 @@ paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(
 tasks = $(foreach path,$(wildcard $(subst $(comma), ,$(BENCHMARKS))),$(if $(wildcard $(path)/.),$(path),$(dir $(path))))
 inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
   $(PROMPTS_FILE) $(SSL_CERT_FILE) $(tasks))))
-docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" && docker run --rm --pull never --gpus all --shm-size 8g \
+docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" $(FETCH_DIR) && docker run --rm --pull never --gpus all --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \
-  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
+  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR) $(FETCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
 local = .venv/bin/python -m stages
 $(if $(filter docker local,$(RUNNER)),,$(error RUNNER=$(RUNNER) is neither docker nor local))
 stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs prepare-data train evaluate generate chat merge export push report docker-build docker-push
+.PHONY: help setup demo test check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -52,6 +52,10 @@ demo: PRESET = sample
 demo: RUNNER = local
 demo: .venv/ready prepare-data train evaluate generate merge report ## All stages on a small embedded model, on the CPU
 
+doctor: $(ready) ## Check what a run with this preset needs
+	$(stage) doctor
+fetch: $(ready) ## Bring base and data onto the volume, pinned, for runs without a network
+	$(stage) fetch
 prepare-data: $(ready) ## Tokenise the data set and account for every row
 	$(stage) prepare-data
 train: prepare-data ## Train the adapter, after prepare-data if need be

@@ -36,14 +36,16 @@ def _register() -> None:
     from stages.merge import merge
     from stages.prepare_data import prepare_data
     from stages.tools.chat import chat
+    from stages.tools.doctor import doctor
     from stages.tools.export import export
+    from stages.tools.fetch import fetch
     from stages.tools.options import options
     from stages.tools.push import push
     from stages.tools.report import report
     from stages.train import train
 
     for command in (
-        prepare_data, train, evaluate, generate, chat, merge, export, push, report, options,
+        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, options,
     ):  # fmt: skip
         stages.add_command(command)
 

@@ -10,7 +10,7 @@ import click
 
 from stages.lib.data import wanted
 from stages.lib.report import gate as gates
-from stages.lib.run import options
+from stages.lib.run import gpu, options
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.rundir import Run, run_options, versions
 from stages.lib.run.settings import Stage, setting
@@ -48,13 +48,14 @@ from stages.lib.run.values import Names, Number
 )  # fmt: skip
 @setting("--judge-model", "JUDGE_MODEL", help="The judge's name at that endpoint.")
 @options.seed
+@options.expect_gpu
 @run_options
 @click.pass_context
 def evaluate(
     ctx: click.Context, /, prompt: str | None, evaluation_prompts: int, max_new_tokens: int,
     gate: str | None, benchmarks: tuple[str, ...] | None, benchmark_limit: int | None,
     benchmark_chat: bool, judge_url: str | None, judge_model: str | None, seed: int,
-    **run_settings: object,
+    expect_gpu: bool, **run_settings: object,
 ) -> None:  # fmt: skip
     """Compare base and tuned model on held-out data."""
     from stages.lib.data import prepared
@@ -80,6 +81,7 @@ def evaluate(
     if found := run.finished("evaluation", inputs):
         judge_again(run, found, gate)
         return
+    gpu.require(made.metrics["base_precision"], expect_gpu)
     with run.work() as scratch:
         umpire = judge.appoint(judge_url, judge_model)
         chosen = tasks.prepare(benchmarks) if benchmarks else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import options
+from stages.lib.run import gpu, options
 from stages.lib.run.progress import Progress, say
 from stages.lib.run.rundir import Run, run_options
 from stages.lib.run.settings import Stage, more_explicit, setting
@@ -38,12 +38,13 @@ from stages.lib.run.values import Number
     help="Prompts of a file at a time, at most. [default: as many as fit]",
 )  # fmt: skip
 @options.speaking(256)
+@options.expect_gpu
 @run_options
 @click.pass_context
 def generate(
     ctx: click.Context, /, prompt: str | None, prompts_file: Path | None, json: bool,
     batch_prompts: int | None, max_new_tokens: int, stop: tuple[str, ...], chat_format: str,
-    force_format: bool, seed: int, system: str | None, **_: object,
+    force_format: bool, seed: int, system: str | None, expect_gpu: bool, **_: object,
 ) -> None:  # fmt: skip
     """Answer prompts with the tuned model."""
     from stages.lib.data import formats, prompts
@@ -61,6 +62,7 @@ def generate(
     inputs = {"adapter": made.digest, "prompts": prompts.digest(asked), "chat_format": forced}
     if prompts_file and run.finished("generations", inputs):
         return
+    gpu.require(made.metrics["base_precision"], expect_gpu)
 
     from stages.lib.data.tokens import Tokens
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stages.lib.run import gpu, options
 from stages.lib.run.rundir import Run, run_options, versions
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
@@ -40,11 +41,12 @@ QUESTIONS, LONGEST = 4, 256  # held out, that both answer, and the most tokens o
     help="Adapters to add up instead of the run's own: run directories, each with its weight, as in "
     "`runs/a,runs/b=0.5`.",
 )  # fmt: skip
+@options.expect_gpu
 @run_options
 @click.pass_context
 def merge(
     ctx: click.Context, /, merge_base: str, merge_most_kl: float,
-    merge_adapters: tuple[str, ...] | None, **run_settings: object,
+    merge_adapters: tuple[str, ...] | None, expect_gpu: bool, **run_settings: object,
 ) -> None:  # fmt: skip
     """Fold the adapter into its base and prove that nothing changed."""
     from stages.lib.model import adapter_files
@@ -62,6 +64,7 @@ def merge(
         inputs["adapters"] = [part.made.digest for part in parts]
     if run.finished("merged", inputs):
         return
+    gpu.require(None, expect_gpu)
     with run.work() as scratch:
         base.fetch(verify=run.deep)
         inputs["base"] = base.identity()

@@ -16,11 +16,8 @@ from stages.lib.run.values import Names, Number
 
 
 @click.command("prepare-data", cls=Stage)
-@setting(
-    "--dataset", "DATASET", required=True, shown=wanted.plain,
-    help="Hub id, file, folder, glob, URL or `sample`; several with commas between, NAME@REVISION=WEIGHT each.",
-)  # fmt: skip
-@setting("--dataset-revision", "DATASET_REVISION", help="Commit, tag or branch of a hub data set.")
+@wanted.dataset
+@wanted.dataset_revision
 @setting(
     "--shape", "SHAPE", default="auto", help="What the rows look like; auto tells it by their columns.",
     type=click.Choice(["auto", "guanaco", "alpaca", "sharegpt", "messages", "text"]),

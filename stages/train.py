@@ -14,19 +14,14 @@ import click
 from stages.lib.run import options
 from stages.lib.run.rundir import Run, run_options, versions
 from stages.lib.run.settings import Stage, setting
-from stages.lib.run.values import Names, Number
+from stages.lib.run.values import Number
 
 
 @click.command("train", cls=Stage)
 @options.base_model
 @options.base_revision
-@setting(
-    "--base-precision", "BASE_PRECISION", default="nf4",
-    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32", "auto"]),
-    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8, on Ada, Hopper and newer; "
-    "auto the fastest that fits.",
-)  # fmt: skip
-@setting("--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter.")
+@options.base_precision
+@options.rank
 @setting(
     "--alpha",
     "LORA_ALPHA",
@@ -41,10 +36,7 @@ from stages.lib.run.values import Names, Number
     default=0.05,
     help="On the adapter's input.",
 )
-@setting(
-    "--targets", "LORA_TARGETS", type=Names(), default="q_proj,v_proj",
-    help="Linear modules that get an adapter, or `all-linear`.",
-)  # fmt: skip
+@options.targets
 @setting(
     "--init-adapter",
     "INIT_ADAPTER",
@@ -89,10 +81,7 @@ from stages.lib.run.values import Names, Number
     default=0,
     help="Decoupled, on the adapter.",
 )
-@setting(
-    "--optimizer", "OPTIMIZER", default="adamw_8bit", help="AdamW's state in 8 bit or whole.",
-    type=click.Choice(["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]),
-)  # fmt: skip
+@options.optimizer
 @setting(
     "--batch-tokens", "BATCH_TOKENS", type=Number(int, low=1), default=16384, help="Tokens a step."
 )
@@ -107,22 +96,25 @@ from stages.lib.run.values import Names, Number
     "instead; auto does what memory asks for.",
 )  # fmt: skip
 @options.seed
+@options.expect_gpu
 @run_options
 @click.pass_context
 def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    **recipe: object,
+    expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
-    from stages.lib.model import adapter_files
+    from stages.lib.model import adapter_files, storing
+    from stages.lib.model.architecture import Setup
     from stages.lib.model.base import Base
     from stages.lib.report import card
     from stages.lib.report.table import table
-    from stages.lib.run import checkpoints
+    from stages.lib.run import checkpoints, gpu, preflight
     from stages.lib.run.artifact import sha256
+    from stages.lib.run.checks import enforce
 
     run = Run(ctx)
     data = run.read("data")
@@ -135,7 +127,11 @@ def train(
         inputs["init_adapter"] = sha256(adapter_files.find(init_adapter) / adapter_files.WEIGHTS)
     if run.finished("adapter", inputs, replace=False):
         return
+    gpu.require(base_precision, expect_gpu)
     with run.work() as scratch:
+        base.fetch(weights=False)
+        setup = Setup(base_precision, rank, targets, str(recipe["optimizer"]))
+        enforce(preflight.room(storing.needs(run.folder, scratch, base.config, setup)))
         base.fetch(verify=run.deep)
         inputs["base"] = base.identity()
         run.check_made_from(data, "base", base.identity())
@@ -150,12 +146,10 @@ def train(
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, ceiling, health, history, load, memory, training
-        from stages.lib.model.architecture import Setup
         from stages.lib.model.plan import Choice
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
-        setup = Setup(base_precision, rank, targets, str(recipe["optimizer"]))
         cuts = memory.sizes(batch_tokens, longest, micro_batch_tokens)
         if resumed:
             setup = replace(setup, precision=resumed.metrics["base_precision"])

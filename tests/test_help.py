@@ -9,6 +9,8 @@ from tests.conftest import Stages
 
 COMMANDS = [
     "",
+    "doctor",
+    "fetch",
     "prepare-data",
     "train",
     "evaluate",

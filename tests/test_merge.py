@@ -310,6 +310,7 @@ def test_what_cannot_be_added_up(
     assert not (tmp_path / "out" / "merged").exists()
 
 
+@pytest.mark.case("C12")
 @pytest.mark.parametrize(("size", "sentence"), [("5m", "MiB free"), ("11m", "No space left")])
 def test_a_full_disk_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, size: str, sentence: str
@@ -322,6 +323,7 @@ def test_a_full_disk_leaves_nothing(
         assert not (disk / "run" / "merged").exists()
 
 
+@pytest.mark.case("C12")
 def test_a_full_scratch_folder_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

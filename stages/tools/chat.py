@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import options, preemption
+from stages.lib.run import gpu, options, preemption
 from stages.lib.run.exits import BadData, BadSetting, TryAgain
 from stages.lib.run.progress import say
 from stages.lib.run.rundir import Run, reading_options
@@ -43,6 +43,7 @@ def chat(
     if system and not is_unicode(system):
         raise BadSetting("SYSTEM is not UTF-8; convert it")
     made = Run(ctx).read("adapter", deep=True, own=("SEED",))
+    gpu.require(made.metrics["base_precision"], promised=False)
     base = Base.recorded(made.manifest["inputs"]["base"])
     tokens = Tokens(base.fetch(weights=False))
     written = formats.spoken(made.path, tokens, chat_format, force_format)

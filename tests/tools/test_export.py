@@ -138,6 +138,7 @@ def test_inputs_that_are_missing_corrupt_or_stale(stages: Stages, run: Path) -> 
     assert not (run / "gguf").exists()
 
 
+@pytest.mark.case("C12")
 def test_a_small_disk(stages: Stages, run: Path, tmp_path: Path) -> None:
     """The room is looked at before a byte is written."""
     with mounted(tmp_path / "small", "size=16m") as small:

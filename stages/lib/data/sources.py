@@ -11,14 +11,14 @@ from typing import Any
 from stages.lib.data import reading, remote
 from stages.lib.data.reading import Chunk, Row, Rows
 from stages.lib.data.wanted import Wanted, parse, plain
-from stages.lib.run import hub
+from stages.lib.run import access, fetched
 from stages.lib.run.artifact import Artifact, sha256
 from stages.lib.run.exits import BadData, Missing
 from stages.lib.run.rundir import Run
 
 __all__ = [
-    "SAMPLE", "Source", "Wanted", "check_unchanged", "chunks", "find", "identity", "oddities", "parse", "plain",
-    "reference",
+    "SAMPLE", "Source", "Wanted", "check_unchanged", "chunks", "copy", "elsewhere", "find", "identity",
+    "oddities", "parse", "plain", "reference",
 ]  # fmt: skip
 SAMPLE = "sample"
 KINDS = ", ".join(sorted(reading.KINDS)) + ", and with .gz or .zst"
@@ -132,11 +132,33 @@ def _below(folder: Path) -> dict[Path, str]:
     }
 
 
+def elsewhere(dataset: str, revision: str | None) -> list[Wanted]:
+    """The items of DATASET that are not on this machine: on the hub, or behind URLs.
+
+    Raises:
+        Missing: an item is neither, nor there.
+    """
+    found = [item for item in parse(dataset, revision) if item.is_url or not _local(item.name)]
+    for item in found:
+        if not item.is_url:
+            _check_hub_id(item.name)
+    return found
+
+
+def copy(url: str, folder: Path) -> dict[Path, str]:
+    """Copy the data behind a URL into a folder: the plain URL of each copy.
+
+    Raises:
+        Missing: there is none. BadData: it is of no kind that is read.
+    """
+    if remote.scheme(url) in remote.WEB:
+        _check_kind(remote.plain(url))
+    return {copy: shown for shown, copy in remote.fetch(url, folder, _is_data)}
+
+
 def _behind_url(url: str, folder: Path) -> Source:
     base = remote.plain(url)
-    if remote.scheme(url) in remote.WEB:
-        _check_kind(base)
-    urls = {copy: shown for shown, copy in remote.fetch(url, folder, _is_data)}
+    urls = fetched.copies(base) or copy(url, folder)
     is_glob = glob.has_magic(base) and base not in urls.values()
     places = {
         copy: PurePath(shown).stem if is_glob else shown.removeprefix(base)
@@ -146,14 +168,18 @@ def _behind_url(url: str, folder: Path) -> Source:
 
 
 def _on_hub(name: str, revision: str | None) -> Source:
+    _check_hub_id(name)
+    folder, commit = access.snapshot(name, revision, "dataset")
+    return replace(_split(name, _below(folder)), revision=commit, root=folder)
+
+
+def _check_hub_id(name: str) -> None:
     path = Path(name)
     looks_local = reading.kind_of(path) or path.is_absolute() or name.startswith(".")
     if looks_local or len(path.parts) != 2:
         raise Missing(
             f"there is no data at {path.absolute()}; a local file must be mounted at the same path"
         )
-    folder, commit = hub.snapshot(name, revision, "dataset")
-    return replace(_split(name, _below(folder)), revision=commit, root=folder)
 
 
 def _check_kind(name: str) -> None:

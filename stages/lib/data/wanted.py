@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from stages.lib.data import remote
 from stages.lib.run.exits import BadSetting
+from stages.lib.run.settings import setting
 
 WEIGHED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/,]*)", re.S)
 PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>.+)")
@@ -96,3 +97,12 @@ def _number(said: str, text: str) -> float:
 def plain(dataset: str) -> str:
     """DATASET as it may be shown and recorded: its URLs without user, password and query."""
     return ",".join(map(remote.plain, _items(dataset)))
+
+
+dataset = setting(
+    "--dataset", "DATASET", required=True, shown=plain,
+    help="Hub id, file, folder, glob, URL or `sample`; several with commas between, NAME@REVISION=WEIGHT each.",
+)  # fmt: skip
+dataset_revision = setting(
+    "--dataset-revision", "DATASET_REVISION", help="Commit, tag or branch of a hub data set."
+)

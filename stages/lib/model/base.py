@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.model import sample
-from stages.lib.run import hub
+from stages.lib.run import access, hub
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
 from stages.lib.run.progress import say
 
@@ -35,6 +35,11 @@ class Base:
                 f"there is no base model at {self.path.absolute()}; name a folder or a hub id"
             )
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether it comes from there, or from what `fetch` brought."""
+        return not (self.is_sample or self.is_local)
+
     @classmethod
     def recorded(cls, identity: dict[str, Any]) -> "Base":
         """The base that an artifact was made with."""
@@ -57,7 +62,7 @@ class Base:
         else:
             what = "model" if weights else "tokenizer"
             say(f"fetching the {what} of {self.name}")
-            self.folder, self.commit = hub.snapshot(self.name, self.revision, what, verify)
+            self.folder, self.commit = access.snapshot(self.name, self.revision, what, verify)
         self._check(weights)
         return self.folder
 
@@ -141,6 +146,10 @@ class Base:
             raise BadData(
                 f"{self.folder} has no safetensors weights; convert them with save_pretrained"
             )
+
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def check_length(self, max_length: int) -> None:
         """Refuse rows longer than the model's context."""

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from stages.lib.model.casting import cast
+from stages.lib.run import gpu
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST = 1e-12  # of a row's largest value, so that a row of zeros stays zeros
 ALIGNMENT = 16  # of both sides of a weight: the GPU's product asks for it
-CAPABILITY = (8, 9)  # of a GPU that multiplies e4m3
+CAPABILITY = gpu.FP8
 
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

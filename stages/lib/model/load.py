@@ -8,6 +8,7 @@ import torch
 
 from stages.lib.model import fp8
 from stages.lib.model.base import Base
+from stages.lib.run import gpu
 from stages.lib.run.exits import BadData, CannotRun
 
 # What transformers says of a base that it cannot make a causal language model of.
@@ -61,22 +62,11 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product in int8
     place = place or device()
-    if (
-        place.type == "cuda"
-        and precision != "fp32"
-        and torch.cuda.get_device_capability(place)[0] < 8
-    ):
-        raise CannotRun(
-            f"{torch.cuda.get_device_name(place)} has no bf16, which BASE_PRECISION={precision} computes in; "
-            "use an Ampere GPU or newer, or BASE_PRECISION=fp32"
-        )
-    if place.type == "cuda" and precision == "fp8":
-        found = torch.cuda.get_device_capability(place)
-        if found < fp8.CAPABILITY:
-            raise CannotRun(
-                f"{torch.cuda.get_device_name(place)} has no FP8 products (compute capability "
-                f"{found[0]}.{found[1]}, 8.9 is the first); use an Ada or Hopper GPU, or BASE_PRECISION=nf4"
-            )
+    if place.type == "cuda":
+        name = torch.cuda.get_device_name(place)
+        why = gpu.lacks(precision, name, torch.cuda.get_device_capability(place))
+        if why:
+            raise CannotRun("; ".join(why))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             base.folder,

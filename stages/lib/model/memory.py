@@ -14,6 +14,7 @@ from stages.lib.model.loss import Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Unpinned
 from stages.lib.model.plan import Choice
 from stages.lib.model.quick import Quick
+from stages.lib.run import gpu
 from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
 
@@ -55,6 +56,9 @@ def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompu
         say("BASE_PRECISION is bf16: there is no GPU")
         return "bf16"
     name, memory = torch.cuda.get_device_name(), f"{room() / 2**30:.0f} GiB"
+    if gpu.lacks("bf16", name, torch.cuda.get_device_capability()):
+        say(f"BASE_PRECISION is fp32: {name} has no bf16")
+        return "fp32"
     shape = Architecture.of(config)
     if not shape:
         say(f"BASE_PRECISION is nf4: {config.get('model_type')} is not planned for")

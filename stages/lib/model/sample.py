@@ -37,6 +37,15 @@ def folder() -> Path:
     return target
 
 
+def check() -> None:
+    """Whether it can be had.
+
+    Raises:
+        Missing: it is not installed.
+    """
+    _gguf()
+
+
 def _gguf() -> Path:
     try:
         files = importlib.metadata.files(WHEEL) or []

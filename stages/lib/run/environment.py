@@ -120,6 +120,21 @@ def keep_compiled() -> None:
                 os.environ.setdefault(variable, str(folder))
 
 
+def visible_gpus() -> str | None:
+    """Which GPUs CUDA is to see, by number or name with commas between; None for all of them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def compiler() -> str | None:
+    """The C compiler that was asked for."""
+    return os.environ.get("CC")
+
+
+def offline() -> bool:
+    """Whether the hub's library is told to ask nobody; as it reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def failpoints() -> str:
     """Where this process is to fail; see `failpoints`."""
     return os.environ.get("FAILPOINTS", "")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import click
 
-from stages.lib.run import endings, notes
+from stages.lib.run import endings, gpu_errors, notes
 
 TERMINATION_LOG = Path("/dev/termination-log")  # what Kubernetes shows of a container that ended
 ERROR = "error.json"
@@ -175,6 +175,8 @@ def classify(error: BaseException) -> click.ClickException | None:
             f"the GPU is out of memory ({str(error).splitlines()[0]}); have nothing else on it, lower "
             "MAX_NEW_TOKENS, BATCH_PROMPTS or MAX_LENGTH, or take a larger one"
         )
+    if gone := gpu_errors.lost(error):
+        return TryAgain(f"the GPU is lost ({gone}); the same command goes on, on a sound one")
     return None
 
 

@@ -146,7 +146,9 @@ def told_apart(
     if isinstance(error, errors.RevisionNotFoundError):
         return Missing(f"{repository} has no revision {revision!r}")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return Missing(f"{repository} is not in the cache, and HF_HUB_OFFLINE is set")
+        return Missing(
+            f"{repository} is not in the cache, and HF_HUB_OFFLINE is set; run `fetch` where there is a network"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):  # wraps what kept it from asking the hub
         return told_apart(error.__cause__, repository, revision) or _no_answer(repository, error)
     if isinstance(error, errors.EntryNotFoundError):

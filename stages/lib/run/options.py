@@ -9,7 +9,7 @@ import click
 from stages.lib.run.preemption import GRACE_SECONDS
 from stages.lib.run.progress import say
 from stages.lib.run.settings import Decorator, setting
-from stages.lib.run.values import Duration, Number, Texts, flat
+from stages.lib.run.values import Duration, Names, Number, Texts, flat
 
 base_model = setting(
     "--base-model", "BASE_MODEL", required=True,
@@ -18,6 +18,27 @@ base_model = setting(
 base_revision = setting(
     "--base-revision", "BASE_REVISION", help="Commit, tag or branch of a hub base model."
 )
+expect_gpu = setting(
+    "--expect-gpu", "EXPECT_GPU", is_flag=True, identity=False,
+    help="A GPU was promised: where there is none, end with 75 instead of computing on the CPU.",
+)  # fmt: skip
+base_precision = setting(
+    "--base-precision", "BASE_PRECISION", default="nf4",
+    type=click.Choice(["nf4", "fp8", "int8", "bf16", "fp32", "auto"]),
+    help="How the frozen base is held: nf4 in 4 bit, computing in bf16; fp8 in 8, on Ada, Hopper and newer; "
+    "auto the fastest that fits.",
+)  # fmt: skip
+rank = setting(
+    "--rank", "LORA_RANK", type=Number(int, low=1), default=16, help="Rank of the adapter."
+)
+targets = setting(
+    "--targets", "LORA_TARGETS", type=Names(), default="q_proj,v_proj",
+    help="Linear modules that get an adapter, or `all-linear`.",
+)  # fmt: skip
+optimizer = setting(
+    "--optimizer", "OPTIMIZER", default="adamw_8bit", help="AdamW's state in 8 bit or whole.",
+    type=click.Choice(["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]),
+)  # fmt: skip
 seed = setting(
     "--seed",
     "SEED",

@@ -25,6 +25,7 @@ from stages.lib.run import (
     lease,
     options,
     preemption,
+    preflight,
     settings,
     watchdog,
 )
@@ -287,6 +288,7 @@ class Run:
         Raises:
             InUse: another process holds it. NoProgress: three attempts got nowhere.
         """
+        preflight.start(self.folder, environment.scratch_parent())
         if isinstance(self.ctx.obj, exits.Reported):
             self.ctx.obj.attempt = self.attempt
         with lease.held(self.folder, self.stage, self.attempt.beat) as self.check_held:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stages.lib.run import environment, failpoints, preemption, progress, redaction
+from stages.lib.run import environment, failpoints, fetched, preemption, progress, redaction
 from stages.lib.run.exits import BadSetting, CannotWrite
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -84,6 +84,7 @@ class Stage(click.Command):
             ctx.params.get("max_runtime"),
             outcome.last_words,
         )
+        fetched.use(outcome.run_dir)
         failpoints.arm()
         environment.have_home()
         environment.quiet_libraries()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from stages.lib.model import memory
 from stages.lib.model.architecture import Setup
@@ -24,6 +25,21 @@ def test_a_pass_divides_a_step_and_holds_the_longest_row(
     batch: int, longest: int, wanted: int | None, found: list[int]
 ) -> None:
     assert memory.sizes(batch, longest, wanted) == found
+
+
+@pytest.mark.case("D9")
+@pytest.mark.parametrize(("capability", "found"), [((7, 5), "fp32"), ((8, 0), "nf4")])
+def test_auto_precision_is_one_that_the_gpu_has(
+    capability: tuple[int, int], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it of a T4 and an A100; the base is none that is planned for."""
+    for name, value in {
+        "is_available": True, "get_device_name": "A GPU", "get_device_capability": capability,
+        "mem_get_info": (1 << 34, 1 << 34), "memory_reserved": 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    setup = Setup("auto", 4, ("all-linear",))
+    assert memory.precision({"model_type": "odd"}, setup, [1024], "auto") == found
 
 
 def test_on_a_cpu_the_first_cut_is_taken_and_a_resumed_run_keeps_its_own() -> None:
