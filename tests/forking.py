@@ -13,12 +13,14 @@ from pathlib import Path
 from tests.conftest import clean_environment
 
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
 import peft, torch, transformers
 from stages.__main__ import main
 from stages.lib.model import adapter, answer, load, training
+
+gc.freeze()  # else each command spends a quarter of a second on collecting what it inherited
 
 def child(order):
     os.setsid()
