@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Tally:
     """The counts of one session.
 
-    A test is one case, unless it says otherwise by `record_property("tried", N)`; where it fails, `held` of them
-    did as they should.
+    A test is one case, unless it says otherwise by `record_property("tried", N)`; where it fails, `held` of
+    them did as they should.
     """
 
     def __init__(self, path: Path) -> None:

@@ -25,8 +25,9 @@ How the promises are meant:
   whatever it left, and the same command then finds what is whole. Code 82 of `evaluate` is the one exception:
   the evaluation is published, and says that its gate is not met. `--force` over a finished artifact, if it ends
   otherwise than with 0, leaves the old one whole, or none.
-- **P2** and **P3** hold for `train` (by checkpoint), `prepare-data`, `generate` (by prompt), `evaluate`, `merge`
-  and `export`: what is compared is the sha256 of every file of the artifact but its manifest, which has times.
+- **P2** and **P3** hold for `train` (by checkpoint), `prepare-data`, `generate` (by prompt), `evaluate`,
+  `merge` and `export`: what is compared is the sha256 of every file of the artifact but its manifest, which
+  has times in it.
 - **P4** does not bind `--force`, which is asked to begin anew.
 - A case is *tried* where a test injects it, and *held* where it ended as it should. A sweep counts each of its
   combinations of a command, a point, an arrival there and a failure.

@@ -70,10 +70,11 @@ class Draft:
 
     Args:
         target: its folder; what was there is retired.
+        last: whether it is what the command was given for, so that nothing may make it fail any more.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.path = target
+    def __init__(self, target: Path, last: bool = False) -> None:
+        self.path, self.last = target, last
         self._entries: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, Any] | None = None
 
@@ -116,13 +117,15 @@ class Draft:
         """Write its manifest, with the sizes and hashes of its files: now it is there."""
         whole = {"schema": SCHEMA} | manifest | {"files": dict(sorted(self._entries.items()))}
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
-        with writing(self.path):
+        with preemption.deferred(), writing(self.path):
             failpoints.reach("publish.manifest")
             write(self.path / MANIFEST, content)
             failpoints.reach("publish.written")
             _flush_folder(self.path)
             failpoints.reach("publish.done")
-        self._whole = whole
+            self._whole = whole
+            if self.last:
+                preemption.conclude()
         return Artifact(self.path, whole)
 
 
@@ -150,14 +153,14 @@ class Stream:
         return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
 
 
-def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
+def publish(source: Path, target: Path, manifest: dict[str, Any], last: bool = False) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
         CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
-    with preemption.deferred(), Draft(target) as draft:
+    with preemption.deferred(), Draft(target, last) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
         return draft.finish(manifest)

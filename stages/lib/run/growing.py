@@ -63,6 +63,8 @@ class Growing(Draft):
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
+            if self._whole is None:  # not flushed, or not to its end: nobody may take it for whole
+                (self.path / MANIFEST).unlink(missing_ok=True)
             self._handle.close()
             if self._whole is None and not self.entries:
                 retire(self.path)
@@ -130,7 +132,8 @@ class Growing(Draft):
             size = self.file.stat().st_size
             self._entries[self.file.name] = {"bytes": size, "sha256": artifact.sha256(self.file)}
             made = super().finish(manifest)
-            (self.path / DRAFT).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it says nothing beside a manifest
+                (self.path / DRAFT).unlink(missing_ok=True)
             return made
 
 

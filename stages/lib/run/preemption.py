@@ -14,11 +14,14 @@ REPEAT_SECONDS = 3.0  # a scheduler sends two, to the process and to its group; 
 _reasons: list[str] = []
 _first = 0.0
 _deferred = 0
+_concluded = False
 
 
 def listen() -> None:
     """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process."""
+    global _concluded
     _reasons.clear()
+    _concluded = False
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -44,8 +47,14 @@ def request(reason: str) -> None:
 
 def check() -> None:
     """Raise `TryAgain` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
-    if _reasons:
+    if _reasons and not _concluded:
         raise TryAgain(f"{_reasons[0]}; the same command goes on")
+
+
+def conclude() -> None:
+    """Hear no stop from now on: what was asked for is there, and the exit code has to say so."""
+    global _concluded
+    _concluded = True
 
 
 def by_keyboard() -> bool:

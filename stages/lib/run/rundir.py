@@ -196,7 +196,7 @@ class Run:
         """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
         self.check_held()
         manifest = self.manifest(inputs, metrics, **facts)
-        return artifact.publish(source, self.folder / name, manifest)
+        return artifact.publish(source, self.folder / name, manifest, last=name in MADE_BY)
 
     def made_of(self, inputs: dict[str, Any], before: dict[str, Artifact]) -> dict[str, Any]:
         """For a report: the inputs, the settings of this stage and those `before` it, and the versions."""
@@ -212,7 +212,7 @@ class Run:
         """Publish other words on the same figures: all that the manifest says of their making stays."""
         self.check_held()
         changed = {"metrics": made.metrics | metrics}
-        return artifact.publish(source, made.path, made.manifest | changed)
+        return artifact.publish(source, made.path, made.manifest | changed, last=True)
 
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[artifact.Draft]:
@@ -226,7 +226,7 @@ class Run:
         """
         self.check_held()
         artifact.check_room(self.folder, size)
-        with artifact.Draft(self.folder / name) as draft:
+        with artifact.Draft(self.folder / name, last=True) as draft:
             yield draft
 
     @contextlib.contextmanager
@@ -244,6 +244,7 @@ class Run:
             say(f"{folder} was begun otherwise ({'; '.join(changed)}): starting afresh")
         made_from, goes_on = {"inputs": inputs, "settings": self.settings}, bool(there)
         with growing.Growing(folder, file, made_from, goes_on and not changed) as grown:
+            grown.last = True
             yield grown
 
     def manifest(
@@ -269,7 +270,9 @@ class Run:
             with artifact.writing(parent):
                 failpoints.reach("scratch")
                 parent.mkdir(parents=True, exist_ok=True)
-                scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
+                scratch = tempfile.TemporaryDirectory(
+                    prefix="lora-stages-", dir=parent, ignore_cleanup_errors=True
+                )
             with scratch as folder:
                 yield Path(folder)
 

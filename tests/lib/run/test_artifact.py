@@ -1,5 +1,6 @@
 """Whole or absent, with a manifest that tells."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.run import artifact
+from stages.lib.run import artifact, preemption
 from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 
 FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
@@ -136,3 +137,15 @@ def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
     artifact.check_room(tmp_path, 1)
     with pytest.raises(CannotWrite, match=r"GiB free, 1073741824\.0 are needed"):
         artifact.check_room(tmp_path, 2**60)
+
+
+def test_a_stop_is_not_heard_once_the_last_artifact_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "_reasons", ["stopped by a test"])
+    monkeypatch.setattr(preemption, "_concluded", False)
+    for last in (False, True):
+        with artifact.Draft(tmp_path / str(last), last) as draft:
+            draft.finish({"metrics": {}})
+        with contextlib.nullcontext() if last else pytest.raises(TryAgain):
+            preemption.check()
