@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.lib.run import failpoints, lease
 from tests.conftest import run_stages
-from tests.forking import Forking, Result, forking, lines
+from tests.forking import LIBRARIES, Forking, Result, forking, lines
 from tests.refusals import write_preset
 
 STEPS = 4  # of a run; each ends in a checkpoint
@@ -23,6 +23,11 @@ RECIPE = {
     "VALIDATION_FRACTION": 0.1, "MAX_LENGTH": 128, "BATCH_TOKENS": 256, "MICRO_BATCH_TOKENS": 128,
     "MAX_STEPS": STEPS, "MAX_NEW_TOKENS": 4, "EVALUATION_PROMPTS": 2, "RUN_DIR": "run",
 }  # fmt: skip
+# Chunks of rows as large data has them, so that there is something to be killed between.
+SMALLER = f"""{LIBRARIES}
+from stages.lib.data import json_rows
+json_rows.CHUNK_ROWS = 10
+"""
 EVERY = ",".join(f"{point}=1+:note" for point in failpoints.POINTS)
 
 
@@ -252,5 +257,5 @@ def prepared_ground(folder: Path) -> Iterator[Ground]:
         for n in range(4):
             file.write(json.dumps({"prompt": f"What is {n}?"}) + "\n")
     write_preset(folder / "small.env", BASE_MODEL=folder / "base", **RECIPE)
-    with forking(folder) as stages:
+    with forking(folder, SMALLER) as stages:
         yield Ground(stages)

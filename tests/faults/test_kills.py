@@ -1,5 +1,6 @@
 """Killed at times that nobody chose, then given again."""
 
+import contextlib
 import os
 import random
 import signal
@@ -19,7 +20,8 @@ def kill_and_rerun(ground: Ground, name: str, after: float) -> list[str]:
     ground.restore(scenario.start)
     pid = ground.start(scenario)
     time.sleep(after)
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it was through
+        os.kill(pid, signal.SIGKILL)
     killed = ground.stages.wait()
     wrong = [] if killed.returncode in (0, -signal.SIGKILL) else [killed.stderr]
     there, made = checkpoints(ground.run_dir), ground.made(scenario)
