@@ -70,11 +70,10 @@ class Draft:
 
     Args:
         target: its folder; what was there is retired.
-        last: whether it is what the command was given for, so that nothing may make it fail any more.
     """
 
-    def __init__(self, target: Path, last: bool = False) -> None:
-        self.path, self.last = target, last
+    def __init__(self, target: Path) -> None:
+        self.path = target
         self._entries: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, Any] | None = None
 
@@ -124,8 +123,6 @@ class Draft:
             _flush_folder(self.path)
             failpoints.reach("publish.done")
             self._whole = whole
-            if self.last:
-                preemption.conclude()
         return Artifact(self.path, whole)
 
 
@@ -153,14 +150,14 @@ class Stream:
         return {"bytes": self._size, "sha256": self._hashed.hexdigest()}
 
 
-def publish(source: Path, target: Path, manifest: dict[str, Any], last: bool = False) -> Artifact:
+def publish(source: Path, target: Path, manifest: dict[str, Any]) -> Artifact:
     """Copy the finished files of `source` to `target`; `manifest` gets their sizes and hashes, and goes last.
 
     Raises:
         CannotWrite: the disk is full or `target` cannot be written; nothing is left of it.
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
-    with preemption.deferred(), Draft(target, last) as draft:
+    with preemption.deferred(), Draft(target) as draft:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             draft.take(path, path.relative_to(source).as_posix())
         return draft.finish(manifest)

@@ -14,14 +14,13 @@ REPEAT_SECONDS = 3.0  # a scheduler sends two, to the process and to its group; 
 _reasons: list[str] = []
 _first = 0.0
 _deferred = 0
-_concluded = False
 
 
 def listen() -> None:
     """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process."""
-    global _concluded
+    global _deferred
     _reasons.clear()
-    _concluded = False
+    _deferred = 0
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -47,14 +46,8 @@ def request(reason: str) -> None:
 
 def check() -> None:
     """Raise `TryAgain` (exit 75) if a stop was asked for. Call it wherever the state is whole."""
-    if _reasons and not _concluded:
+    if _reasons:
         raise TryAgain(f"{_reasons[0]}; the same command goes on")
-
-
-def conclude() -> None:
-    """Hear no stop from now on: what was asked for is there, and the exit code has to say so."""
-    global _concluded
-    _concluded = True
 
 
 def by_keyboard() -> bool:
@@ -63,6 +56,12 @@ def by_keyboard() -> bool:
     if only:
         _reasons.clear()
     return only
+
+
+def conclude() -> None:
+    """From here on a signal changes nothing: all that is left is to say how it ended."""
+    global _deferred
+    _deferred += 1
 
 
 @contextlib.contextmanager

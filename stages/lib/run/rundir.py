@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from stages import __version__
-from stages.lib.run import artifact, environment, failpoints, growing, lease, settings
+from stages.lib.run import artifact, environment, failpoints, growing, lease, preemption, settings
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, Missing
 from stages.lib.run.progress import say
@@ -196,7 +196,7 @@ class Run:
         """Publish what lies finished in `source` as `name`, with all that a manifest holds."""
         self.check_held()
         manifest = self.manifest(inputs, metrics, **facts)
-        return artifact.publish(source, self.folder / name, manifest, last=name in MADE_BY)
+        return artifact.publish(source, self.folder / name, manifest)
 
     def made_of(self, inputs: dict[str, Any], before: dict[str, Artifact]) -> dict[str, Any]:
         """For a report: the inputs, the settings of this stage and those `before` it, and the versions."""
@@ -212,7 +212,7 @@ class Run:
         """Publish other words on the same figures: all that the manifest says of their making stays."""
         self.check_held()
         changed = {"metrics": made.metrics | metrics}
-        return artifact.publish(source, made.path, made.manifest | changed, last=True)
+        return artifact.publish(source, made.path, made.manifest | changed)
 
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[artifact.Draft]:
@@ -226,7 +226,7 @@ class Run:
         """
         self.check_held()
         artifact.check_room(self.folder, size)
-        with artifact.Draft(self.folder / name, last=True) as draft:
+        with artifact.Draft(self.folder / name) as draft:
             yield draft
 
     @contextlib.contextmanager
@@ -244,7 +244,6 @@ class Run:
             say(f"{folder} was begun otherwise ({'; '.join(changed)}): starting afresh")
         made_from, goes_on = {"inputs": inputs, "settings": self.settings}, bool(there)
         with growing.Growing(folder, file, made_from, goes_on and not changed) as grown:
-            grown.last = True
             yield grown
 
     def manifest(
@@ -274,7 +273,10 @@ class Run:
                     prefix="lora-stages-", dir=parent, ignore_cleanup_errors=True
                 )
             with scratch as folder:
-                yield Path(folder)
+                try:
+                    yield Path(folder)
+                finally:
+                    preemption.conclude()
 
 
 def versions() -> dict[str, str]:

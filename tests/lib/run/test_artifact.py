@@ -1,15 +1,15 @@
 """Whole or absent, with a manifest that tells."""
 
-import contextlib
 import errno
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
 import pytest
 
-from stages.lib.run import artifact, preemption
+from stages.lib.run import artifact, failpoints, preemption
 from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 
 FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
@@ -139,13 +139,21 @@ def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
         artifact.check_room(tmp_path, 2**60)
 
 
-def test_a_stop_is_not_heard_once_the_last_artifact_is_there(
+@pytest.mark.promise("P1")
+def test_a_stop_does_not_come_between_the_manifest_and_its_artifact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preemption, "_reasons", ["stopped by a test"])
-    monkeypatch.setattr(preemption, "_concluded", False)
-    for last in (False, True):
-        with artifact.Draft(tmp_path / str(last), last) as draft:
+    monkeypatch.setattr(preemption, "_reasons", [])
+    before = signal.signal(signal.SIGTERM, preemption._note)
+    monkeypatch.setenv("FAILPOINTS", "publish.done:term")
+    failpoints.arm()
+    try:
+        with artifact.Draft(tmp_path / "made") as draft:
             draft.finish({"metrics": {}})
-        with contextlib.nullcontext() if last else pytest.raises(TryAgain):
-            preemption.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        monkeypatch.setenv("FAILPOINTS", "")
+        failpoints.arm()
+    assert artifact.load(tmp_path / "made")
+    with pytest.raises(TryAgain):
+        preemption.check()
