@@ -31,7 +31,7 @@ stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push
+.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -82,6 +82,9 @@ docker-push: ## Push the image
 
 test: .venv/test ## Run the tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; an hour
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
+	.venv/bin/python -m tests.guarantees > docs/guarantees.md
 check: .venv/test ## Lint, types, Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -90,3 +93,4 @@ check: .venv/test ## Lint, types, Dockerfile
 docs: .venv/ready ## Make the generated files anew
 	$(local) options > docs/options.md
 	$(local) options --names > env/settings.names
+	.venv/bin/python -m tests.guarantees > docs/guarantees.md

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.counting"]
 ROOT = Path(__file__).parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data" / "oasst-guanaco.jsonl"
 # Two tests run at a time (see the Makefile): threads for tiny tensors would wait for each other, by spinning.

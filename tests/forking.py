@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.conftest import clean_environment
@@ -16,9 +16,8 @@ SERVER = """
 import json, os, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
-import peft, torch, transformers
+BEFORE
 from stages.__main__ import main
-from stages.lib.model import adapter, answer, load, training
 
 def child(order):
     os.setsid()
@@ -37,12 +36,18 @@ def child(order):
     sys.stdout.flush()
     os._exit(code or 0)
 
+import gc
+gc.freeze()  # else each command spends a quarter of a second on collecting what it inherited
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
         child(json.loads(line))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+LIBRARIES = """
+import peft, torch, transformers
+from stages.lib.model import adapter, answer, load, training
 """
 Result = subprocess.CompletedProcess[str]
 
@@ -70,7 +75,8 @@ class Forking:
     def end(self) -> None:
         """Kill what a test that failed has left."""
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
     def wait(self) -> Result:
@@ -97,11 +103,13 @@ class Forking:
 
 
 @contextmanager
-def forking(folder: Path, **others: str) -> Iterator[Forking]:
-    """A server for the commands that are run in `folder`; `others`: what libraries read when imported."""
+def forking(folder: Path, before: str = LIBRARIES, **others: str) -> Iterator[Forking]:
+    """A server for the commands that are run in `folder`; `before` is what it does once, for all of them;
+    `others`: what libraries read when imported."""
     env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | others
+    program = SERVER.replace("BEFORE", before)
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
+        [sys.executable, "-c", program], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as server:  # fmt: skip
         forked = Forking(server, folder)

@@ -185,14 +185,14 @@ class Draft:
         )
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         self.by.check_held()
-        with writing(self.path):
+        with preemption.deferred(), writing(self.path):
             volume.patiently(lambda: self._seal(content))
             failpoints.reach("publish.written")
             volume.flush_folder(self.path)
             with contextlib.suppress(OSError):  # beside a manifest it means nothing
                 (self.path / DRAFT).unlink(missing_ok=True)
             failpoints.reach("publish.done")
-        self._whole = whole
+            self._whole = whole
         self.by.progressed()
         return Artifact(self.path, whole)
 

@@ -1,13 +1,15 @@
 """Named points in the work at which a test makes it fail; inert unless FAILPOINTS is set.
 
 `FAILPOINTS="publish.file=3:kill, train.step=2:ENOSPC"`: what happens at the third and at the second arrival.
-Without a number it is the first one; with `+` behind it also every one after it.
+Without a number it is the first one; with `+` behind it also every one after it. `note` says on standard error
+that a point was reached, and nothing happens: so a test learns what a command reaches.
 """
 
 import errno
 import os
 import re
 import signal
+import sys
 import time
 
 from stages.lib.run import environment
@@ -36,7 +38,7 @@ POINTS = {
     "train.step": "after an optimizer step",
     "train.evaluate": "before the held-out rows are read",
 }
-ACTIONS = ("kill", "term", "hang")
+ACTIONS = ("kill", "term", "hang", "note")
 _FORM = re.compile(r"([a-z._]+)(?:=(\d+)(\+?))?:(\w+)")
 _armed: dict[str, tuple[int, bool, str]] = {}
 _reached: dict[str, int] = {}
@@ -77,6 +79,8 @@ def reach(name: str) -> None:
         return
     if action == "hang":
         time.sleep(3600)
+    elif action == "note":
+        print(f"failpoint {name}", file=sys.stderr, flush=True)
     elif action in ACTIONS:
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
     else:

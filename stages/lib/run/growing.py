@@ -73,6 +73,8 @@ class Growing(Draft):
         with preemption.deferred(), contextlib.suppress(OSError, InUse):
             self._handle.close()
             self.by.check_held()
+            if self._whole is None:  # not flushed, or not to its end: nobody may take it for whole
+                (self.path / MANIFEST).unlink(missing_ok=True)
             if self._whole is None and not self.entries:
                 retire(self.path)
 

@@ -315,7 +315,9 @@ class Run:
         with artifact.writing(parent):
             failpoints.reach("scratch")
             parent.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(prefix="lora-stages-", dir=parent)
+            scratch = tempfile.TemporaryDirectory(
+                prefix="lora-stages-", dir=parent, ignore_cleanup_errors=True
+            )
         with scratch as folder:
             yield Path(folder)
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from stages.lib.run import artifact, volume
+from stages.lib.run import artifact, failpoints, preemption, volume
 from stages.lib.run.exits import BadData, CannotWrite, TryAgain
 
 FACTS = {"stage": "test", "inputs": {}, "settings": {}, "metrics": {"loss": 1.5}}
@@ -261,3 +262,23 @@ def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) ->
         assert not draft.holds("part0")  # a published one is made anew
         raise OSError("other")
     assert not target.exists()
+
+
+@pytest.mark.promise("P1")
+def test_a_stop_does_not_come_between_the_manifest_and_its_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "_reasons", [])
+    before = signal.signal(signal.SIGTERM, preemption._note)
+    monkeypatch.setenv("FAILPOINTS", "publish.done:term")
+    failpoints.arm()
+    try:
+        with artifact.Draft(tmp_path / "made") as draft:
+            draft.finish({"metrics": {}})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        monkeypatch.setenv("FAILPOINTS", "")
+        failpoints.arm()
+    assert artifact.load(tmp_path / "made")
+    with pytest.raises(TryAgain):
+        preemption.check()

@@ -41,6 +41,16 @@ def test_the_arrivals_that_were_asked_for_fail(
     failpoints.arm()
 
 
+def test_what_is_reached_can_be_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm(monkeypatch, "scratch=2+:note")
+    for name in ("scratch", "publish.begin", "scratch", "scratch"):
+        failpoints.reach(name)
+    assert capsys.readouterr().err == "failpoint scratch\n" * 2
+    arm(monkeypatch, "")
+
+
 @pytest.mark.parametrize(
     "text", ["publish.fil:EIO", "publish.file:EBOGUS", "publish.file", "=1:kill"]
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.lib.run import artifact, growing
+from stages.lib.run import artifact, failpoints, growing
 from stages.lib.run.exits import CannotWrite
 from stages.lib.run.growing import Growing
 
@@ -144,3 +144,17 @@ def test_a_full_disk_keeps_the_lines_before(stopped: Path, monkeypatch: pytest.M
     with pytest.raises(CannotWrite, match="make room"), grow(stopped) as file:
         file.add({"number": 2})
     assert entries(stopped)[:2] == [{"number": 0, "text": "a\nb\u2028ü"}, {"number": 1}]
+
+
+def test_a_manifest_that_may_not_be_on_the_disk_is_taken_back(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILPOINTS", "publish.written:ENOSPC")
+    failpoints.arm()
+    with pytest.raises(CannotWrite), grow(stopped) as file:
+        file.finish({"metrics": {}})
+    monkeypatch.setenv("FAILPOINTS", "")
+    failpoints.arm()
+    assert artifact.load(stopped) is None
+    with grow(stopped) as file:
+        assert file.resumed == 2
