@@ -143,8 +143,10 @@ def test_a_holder_elsewhere_is_watched(
         with pytest.raises(TryAgain, match="train, process"):
             lease.held(tmp_path).__enter__()
     else:
+        began = time.monotonic()
         with lease.held(tmp_path):
             assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert time.monotonic() - began > 1.5
 
 
 def test_of_two_that_find_the_same_holder_dead_one_goes_on(tmp_path: Path) -> None:
