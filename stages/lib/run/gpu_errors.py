@@ -18,8 +18,6 @@ def lost(error: BaseException | None) -> str | None:
     while error is not None and error not in seen:
         words = str(error).lower()
         if type(error).__name__ in KINDS and ("cuda" in words or "gpu" in words):
-            if "device-side assert" in words:
-                return None
             if any(phrase in words for phrase in LOST):
                 return str(error).strip().splitlines()[0]
         seen.append(error)
