@@ -17,11 +17,9 @@ def lost(error: BaseException | None) -> str | None:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         words = str(error).lower()
-        if type(error).__name__ in KINDS and ("cuda" in words or "gpu" in words):
-            if "device-side assert" in words:
-                return None
-            if any(phrase in words for phrase in LOST):
-                return str(error).strip().splitlines()[0]
+        of_cuda = type(error).__name__ in KINDS and ("cuda" in words or "gpu" in words)
+        if of_cuda and any(phrase in words for phrase in LOST):
+            return str(error).strip().splitlines()[0]
         seen.append(error)
         error = error.__cause__ or error.__context__
     return None
