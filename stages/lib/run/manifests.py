@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any] | None:
         schema, files = said["schema"], said["files"]
     except RecursionError as error:
         raise BadData(f"{path} is nested too deeply for a manifest; {REMEDY}") from error
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None  # cut off while it was written: debris
     if schema != SCHEMA:
         raise BadData(
