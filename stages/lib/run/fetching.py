@@ -116,7 +116,7 @@ class Store:
         return made.path / fetched.FILES
 
     def _publish(self, target: Path, sources: dict[str, Path], about: dict[str, Any]) -> Artifact:
-        with artifact.Draft(target) as draft:
+        with artifact.Draft(target, self._run) as draft:
             for name, path in sources.items():
                 preemption.check()
                 draft.take(path, f"{fetched.FILES}/{name}")
