@@ -114,7 +114,7 @@ def test_a_dead_holder_on_this_host_is_replaced_at_once(
 
 
 @pytest.mark.case("A22")
-@pytest.mark.parametrize("pid", [os.getppid(), os.getpid()])
+@pytest.mark.parametrize("pid", [os.getppid(), os.getpid()], ids=["another", "own"])
 def test_a_process_that_has_a_dead_ones_number_is_not_it(tmp_path: Path, pid: int) -> None:
     """As after a restart of a container, or once the numbers have gone round."""
     left_by(tmp_path, pid=pid, ticks=7)
