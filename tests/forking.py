@@ -16,6 +16,8 @@ SERVER = """
 import json, os, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
+environment.settle()
+environment.keep_compiled()
 import peft, torch, transformers
 from stages.__main__ import main
 from stages.lib.model import adapter, answer, load, training
@@ -97,11 +99,11 @@ class Forking:
 
 
 @contextmanager
-def forking(folder: Path) -> Iterator[Forking]:
-    """A server for the commands that are run in `folder`."""
-    env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+def forking(folder: Path, *prefix: str, **more: str) -> Iterator[Forking]:
+    """A server for the commands that are run in `folder`, itself run by `prefix`, with more environment."""
+    env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | more
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
+        [*prefix, sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as server:  # fmt: skip
         forked = Forking(server, folder)

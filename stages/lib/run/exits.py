@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import sys
 import traceback
@@ -117,6 +118,17 @@ def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
     return None
 
 
+def from_library(error: BaseException) -> StageError | None:
+    """The stage error behind a library's own words on a failed file; libraries write to scratch alone."""
+    where, said = "a file in SCRATCH_DIR", str(error)
+    named = re.search(r"\(os error (\d+)\)", said)  # as Rust says it
+    if named and (number := int(named[1])) in FULL | HICCUP | TOO_MANY:
+        return from_os_error(OSError(number, os.strerror(number), where), writing=True)
+    if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", said):
+        return from_os_error(OSError(errno.ENOSPC, "it was cut off; the disk is full", where))
+    return None
+
+
 def _owner(error: OSError) -> str:
     """Whose the file is that may not be used, if it is another user's."""
     if error.errno not in (errno.EACCES, errno.EPERM) or not isinstance(
@@ -179,6 +191,8 @@ class Reported:
             return TryAgain("stopped from the keyboard; the same command goes on")
         if isinstance(error, OSError):
             return from_os_error(error)
+        if known := from_library(error):
+            return known
         # By name, so that a run that never needed torch does not import it here.
         if type(error).__name__ == "OutOfMemoryError":
             return OutOfMemory(

@@ -82,6 +82,7 @@ class Stage(click.Command):
         preemption.listen()
         failpoints.arm()
         environment.quiet_libraries()
+        environment.settle()
         environment.keep_compiled()
         progress.start(str(ctx.info_name))
         progress.say(announcement(ctx))
