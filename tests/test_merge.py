@@ -310,6 +310,7 @@ def test_what_cannot_be_added_up(
 
 
 @pytest.mark.parametrize(("size", "sentence"), [("5m", "MiB free"), ("11m", "No space left")])
+@pytest.mark.case("A5")
 def test_a_full_disk_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, size: str, sentence: str
 ) -> None:
@@ -321,6 +322,7 @@ def test_a_full_disk_leaves_nothing(
         assert not (disk / "run" / "merged").exists()
 
 
+@pytest.mark.case("A5")
 def test_a_full_scratch_folder_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +333,7 @@ def test_a_full_scratch_folder_leaves_nothing(
     assert not (run / "merged").exists()
 
 
+@pytest.mark.case("A2")
 def test_what_a_killed_merge_leaves_is_debris(here: Stage, run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stages", "merge", "--run-dir", str(run)]
     with subprocess.Popen(
