@@ -94,7 +94,12 @@ class GateFailed(StageError):
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 IN_THE_WAY = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 TOO_MANY = {errno.EMFILE, errno.ENFILE}
-HICCUP = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+HICCUP = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+}  # the last when a FUSE mount dies
 
 
 def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
