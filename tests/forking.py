@@ -16,6 +16,8 @@ SERVER = """
 import json, os, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
+environment.settle()
+environment.keep_compiled()
 BEFORE
 from stages.__main__ import main
 
@@ -103,13 +105,15 @@ class Forking:
 
 
 @contextmanager
-def forking(folder: Path, before: str = LIBRARIES, **others: str) -> Iterator[Forking]:
+def forking(
+    folder: Path, *prefix: str, before: str = LIBRARIES, **others: str
+) -> Iterator[Forking]:
     """A server for the commands that are run in `folder`; `before` is what it does once, for all of them;
-    `others`: what libraries read when imported."""
+    `others`: what libraries read when imported; `prefix` runs it."""
     env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"} | others
     program = SERVER.replace("BEFORE", before)
     with subprocess.Popen(
-        [sys.executable, "-c", program], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
+        [*prefix, sys.executable, "-c", program], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as server:  # fmt: skip
         forked = Forking(server, folder)

@@ -226,6 +226,7 @@ def without_root_powers(tmp_path: Path, *args: str | Path) -> Result:
     )  # fmt: skip
 
 
+@pytest.mark.case("A9")
 def test_data_that_may_not_be_read(tmp_path: Path, tiny: Path) -> None:
     """It is not the run directory that is at fault, so 73 and its advice would mislead."""
     path = tmp_path / "rows.jsonl"
@@ -362,6 +363,7 @@ def test_file_in_the_way_of_scratch(stages: Stages, tmp_path: Path, tiny: Path, 
     refused(result, 73, str(tmp_path / "file"), "SCRATCH_DIR")
 
 
+@pytest.mark.case("A9")
 def test_run_directory_that_may_not_be_written(tmp_path: Path, tiny: Path, rows: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o555)
@@ -378,6 +380,7 @@ def test_run_directory_that_may_not_be_written(tmp_path: Path, tiny: Path, rows:
     refused(without_root_powers(tmp_path, *args), 73, str(folder / "run"), "RUN_DIR")
 
 
+@pytest.mark.case("A7")
 def test_read_only_run_directory(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     with mounted(tmp_path / "volume", "ro,size=1m") as volume:
         result = stages(
@@ -393,6 +396,7 @@ def test_read_only_run_directory(stages: Stages, tmp_path: Path, tiny: Path, row
         refused(result, 73, str(volume / "run"), "RUN_DIR")
 
 
+@pytest.mark.case("A7")
 def test_run_directory_that_became_read_only(
     stages: Stages, tmp_path: Path, tiny: Path, rows: Path
 ) -> None:
@@ -414,6 +418,7 @@ def test_run_directory_that_became_read_only(
     assert str(volume) in sentences(result)[0]
 
 
+@pytest.mark.case("A5")
 def test_full_volume_and_then_room(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     with mounted(tmp_path / "volume", "size=16k") as volume:
         run = volume / "run"
@@ -423,7 +428,8 @@ def test_full_volume_and_then_room(stages: Stages, tmp_path: Path, tiny: Path, r
         assert "Traceback" not in result.stderr
         (said,) = sentences(result)
         assert str(run / "data") in said
-        assert "No space left" in said
+        assert "12.0 KiB free" in said
+        assert "KiB are needed" in said
         assert not (run / "data" / "manifest.json").exists()  # what else there is, is debris
         subprocess.run(["mount", "-o", "remount,size=1m", str(volume)], check=True)
         again = stages(*args)
@@ -432,6 +438,7 @@ def test_full_volume_and_then_room(stages: Stages, tmp_path: Path, tiny: Path, r
         assert not (run / "error.json").exists()
 
 
+@pytest.mark.case("A5")
 def test_full_scratch(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) -> None:
     with mounted(tmp_path / "small", "size=8k") as small:
         result = prepare(stages, tmp_path, tiny, rows, SCRATCH_DIR=str(small))
@@ -464,6 +471,7 @@ def test_stage_before_its_input(
 
 
 @pytest.mark.promise("P9")
+@pytest.mark.case("A10")
 def test_cut_off_file_in_data(stages: Stages, preset: Path, run: Path) -> None:
     path = run / "data" / "train.arrow"
     os.truncate(path, path.stat().st_size - 8)
@@ -485,6 +493,7 @@ def test_file_gone_from_data(stages: Stages, preset: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "generate", "merge"])
+@pytest.mark.case("A11")
 def test_flipped_byte_in_the_adapter(stages: Stages, preset: Path, run: Path, stage: str) -> None:
     path = run / "adapter" / "adapter_model.safetensors"
     content = bytearray(path.read_bytes())
@@ -514,6 +523,7 @@ def test_manifest_that_leaves_its_folder(stages: Stages, preset: Path, run: Path
     refused(result, 65, str(path), "../adapter/adapter_config.json", "leaves the artifact")
 
 
+@pytest.mark.case("A4")
 def test_debris_is_no_input(stages: Stages, preset: Path, run: Path) -> None:
     """What a killed stage leaves, a folder whose manifest was cut off, does not count as made."""
     os.truncate(run / "data" / "manifest.json", 100)

@@ -491,6 +491,7 @@ def test_a_forced_run_that_is_stopped_goes_on(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
+@pytest.mark.case("A10", "A11")
 def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
     four_steps: tuple[Path, dict[str, str]], tmp_path: Path, damage: str
 ) -> None:

@@ -312,6 +312,7 @@ def test_what_cannot_be_added_up(
 
 @pytest.mark.case("C12")
 @pytest.mark.parametrize(("size", "sentence"), [("5m", "MiB free"), ("11m", "No space left")])
+@pytest.mark.case("A5")
 def test_a_full_disk_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, size: str, sentence: str
 ) -> None:
@@ -324,6 +325,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.case("C12")
+@pytest.mark.case("A5")
 def test_a_full_scratch_folder_leaves_nothing(
     here: Stage, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +336,7 @@ def test_a_full_scratch_folder_leaves_nothing(
     assert not (run / "merged").exists()
 
 
+@pytest.mark.case("A2")
 def test_what_a_killed_merge_leaves_is_debris(here: Stage, run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stages", "merge", "--run-dir", str(run)]
     with subprocess.Popen(

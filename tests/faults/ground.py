@@ -257,5 +257,5 @@ def prepared_ground(folder: Path) -> Iterator[Ground]:
         for n in range(4):
             file.write(json.dumps({"prompt": f"What is {n}?"}) + "\n")
     write_preset(folder / "small.env", BASE_MODEL=folder / "base", **RECIPE)
-    with forking(folder, SMALLER) as stages:
+    with forking(folder, before=SMALLER) as stages:
         yield Ground(stages)

@@ -1,5 +1,7 @@
-"""A run of every stage on a tiny model, and the volumes to run it on."""
+"""A preset of every stage on a tiny model, and what runs commands with it."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +19,25 @@ PROMPTS = 6
 
 
 @pytest.fixture(scope="module")
-def commands(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that moves the clock of a process whose environment has CLOCK_SHIFT; "" without a compiler."""
+    library = tmp_path_factory.mktemp("clock") / "clock.so"
+    source = Path(__file__).parent / "clock.c"
+    if not shutil.which("cc"):
+        return ""
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+@pytest.fixture(scope="module")
+def commands(
+    tiny: Path, rows: Path, clock: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Forking]:
     """What runs commands beside a preset, `tiny.env`, and prompts in `many.txt`."""
     folder = tmp_path_factory.mktemp("storage")
     write_preset(folder / "tiny.env", BASE_MODEL=tiny, DATASET=rows, **RECIPE)
     (folder / "many.txt").write_text("\n".join(f"Question {n}?" for n in range(PROMPTS)))
-    with forking(folder) as run:
+    with forking(folder, LD_PRELOAD=clock) as run:
         yield run
 
 

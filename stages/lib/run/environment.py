@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.lib.run.exits import BadSetting
+from stages.lib.run.exits import BadSetting, CannotWrite
 
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
@@ -77,6 +77,33 @@ def judge_key() -> str | None:
     return os.environ.get("JUDGE_API_KEY") or None
 
 
+def settle() -> None:
+    """Give the libraries a home, a user's name and a place for temporary files where they would find none.
+
+    So it is under a UID that nobody knows, with a root file system that cannot be written.
+
+    Raises:
+        CannotWrite: nothing can be written at all.
+    """
+    import getpass
+
+    try:
+        at_home = Path.home().is_dir()
+    except RuntimeError:
+        at_home = False
+    if not at_home:
+        os.environ["HOME"] = str(scratch_parent())
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    with contextlib.suppress(FileNotFoundError):
+        if tempfile.gettempdir() != os.getcwd():  # which is where it looks last
+            return
+    os.environ["TMPDIR"] = str(scratch_parent())
+    tempfile.tempdir = None
+
+
 def cache_dir() -> Path:
     """The user's cache folder for this product."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-stages"
@@ -142,7 +169,12 @@ def failpoints() -> str:
 
 def scratch_parent() -> Path:
     """The local folder that holds unfinished work."""
-    return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
+    try:
+        return Path(os.environ.get("SCRATCH_DIR") or tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise CannotWrite(
+            "there is no folder for temporary files that can be written; name one in SCRATCH_DIR"
+        ) from error
 
 
 def use_one_thread() -> None:

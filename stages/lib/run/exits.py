@@ -8,6 +8,7 @@ codes mean is in `endings`.
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import time
@@ -118,7 +119,12 @@ class GateFailed(StageError):
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 IN_THE_WAY = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 TOO_MANY = {errno.EMFILE, errno.ENFILE}
-HICCUP = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+HICCUP = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+}  # the last when a FUSE mount dies
 
 
 def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
@@ -139,6 +145,17 @@ def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
         )
     if error.errno in HICCUP:
         return TryAgain(f"the volume failed at {where}: {error.strerror}; the same command goes on")
+    return None
+
+
+def from_library(error: BaseException) -> StageError | None:
+    """The stage error behind a library's own words on a failed file; libraries write to scratch alone."""
+    where, said = "a file in SCRATCH_DIR", str(error)
+    named = re.search(r"\(os error (\d+)\)", said)  # as Rust says it
+    if named and (number := int(named[1])) in FULL | HICCUP | TOO_MANY:
+        return from_os_error(OSError(number, os.strerror(number), where), writing=True)
+    if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", said):
+        return from_os_error(OSError(errno.ENOSPC, "it was cut off; the disk is full", where))
     return None
 
 
@@ -169,6 +186,8 @@ def classify(error: BaseException) -> click.ClickException | None:
         return Stopped("stopped from the keyboard; the same command goes on")
     if isinstance(error, OSError):
         return from_os_error(error)
+    if full := from_library(error):
+        return full
     # By name, so that a run that never needed torch does not import it here.
     if type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(

@@ -88,6 +88,7 @@ class Stage(click.Command):
         failpoints.arm()
         environment.have_home()
         environment.quiet_libraries()
+        environment.settle()
         environment.keep_compiled()
         progress.start(str(ctx.info_name))
         progress.say(announcement(ctx))

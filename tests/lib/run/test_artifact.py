@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def test_published_is_what_was_made(made: artifact.Artifact) -> None:
         assert stat.S_IMODE((made.path / name).stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.case("A4")
 def test_without_a_manifest_it_is_debris(made: artifact.Artifact) -> None:
     path = made.path / "manifest.json"
     whole = path.read_text()
@@ -70,6 +72,7 @@ def test_without_a_manifest_it_is_debris(made: artifact.Artifact) -> None:
     assert artifact.load(made.path) is None
 
 
+@pytest.mark.case("A10", "A11", "A12")
 def test_damage_is_named(made: artifact.Artifact) -> None:
     path = made.path / "a.bin"
     content = bytearray(path.read_bytes())
@@ -173,6 +176,7 @@ def test_a_new_one_replaces_the_old_one_whole(made: artifact.Artifact, tmp_path:
     assert sorted(path.name for path in made.path.iterdir()) == ["c.txt", "manifest.json"]
 
 
+@pytest.mark.case("A5", "A17")
 def test_a_failed_flush_is_a_failed_publish(
     made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +227,7 @@ def test_a_draft_is_there_when_it_is_finished_and_gone_when_it_is_not(tmp_path: 
     assert not target.exists()
 
 
+@pytest.mark.case("A5")
 def test_what_will_not_fit_is_not_begun(tmp_path: Path) -> None:
     volume.check_room(tmp_path, 1)
     with pytest.raises(CannotWrite, match=r"GiB free, 1073741824.0 GiB are needed"):
@@ -282,3 +287,105 @@ def test_a_stop_does_not_come_between_the_manifest_and_its_artifact(
     assert artifact.load(tmp_path / "made")
     with pytest.raises(TryAgain):
         preemption.check()
+
+
+@pytest.mark.case("A16", "A17")
+@pytest.mark.parametrize("fault", ["EIO", "ESTALE", "ENOTCONN"])
+@pytest.mark.parametrize("point", ["publish.file", "publish.block", "publish.manifest"])
+def test_a_hiccup_that_passes_is_borne(
+    made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, fault: str
+) -> None:
+    monkeypatch.setattr(volume, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setenv("FAILPOINTS", f"{point}=1:{fault}")
+    failpoints.arm()
+    artifact.publish(tmp_path / "source", made.path, FACTS)
+    found = artifact.load(made.path, deep=True)
+    assert found
+    assert found.digest == made.digest
+    monkeypatch.setenv("FAILPOINTS", f"{point}=1+:{fault}")
+    failpoints.arm()
+    with pytest.raises(TryAgain, match="the volume failed"):
+        artifact.publish(tmp_path / "source", made.path, FACTS)
+    monkeypatch.setenv("FAILPOINTS", "")
+    failpoints.arm()
+    assert not made.path.exists()
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("lost", ["a.bin", "manifest.json"])
+def test_what_the_volume_loses_is_not_taken_for_written(
+    made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """It says that all is well, and gives back something else."""
+    monkeypatch.setattr(volume, "RETRY_SECONDS", (0.0, 0.0))
+    sets = volume.set_mode
+
+    def loses(path: Path) -> None:
+        sets(path)
+        if path.name == lost and path.parent == made.path:
+            with path.open("r+b") as file:
+                file.write(b"\0\0\0")
+
+    monkeypatch.setattr(volume, "set_mode", loses)
+    with pytest.raises(TryAgain, match=lost):
+        artifact.publish(tmp_path / "source", made.path, FACTS)
+    assert artifact.load(tmp_path / "target") is None
+
+
+def test_a_folder_that_no_stage_made_is_left_alone(tmp_path: Path) -> None:
+    """As `data/` beside the project, when RUN_DIR is the project itself."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text("mine")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_text("a")
+    with pytest.raises(CannotWrite, match=r"data holds 'mine\.jsonl' and no manifest"):
+        artifact.publish(tmp_path / "source", tmp_path / "data", FACTS)
+    assert (tmp_path / "data" / "mine.jsonl").read_text() == "mine"
+    (tmp_path / "data" / "mine.jsonl").unlink()
+    artifact.publish(tmp_path / "source", tmp_path / "data", FACTS)
+
+
+def test_what_is_removed_beside_an_artifact_is_told(
+    made: artifact.Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made.path / "inner" / "notes.txt").write_text("mine")
+    artifact.publish(tmp_path / "source", made.path, FACTS)
+    assert "removing " + str(made.path / "inner" / "notes.txt") in capsys.readouterr().err
+    assert artifact.foreign(made.path) == []
+
+
+def test_without_room_the_old_one_stays(
+    made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    (tmp_path / "source" / "more").write_bytes(bytes(5000))
+    with pytest.raises(CannotWrite, match=r"10 bytes free, 4.* KiB are needed"):
+        artifact.publish(tmp_path / "source", made.path, FACTS)
+    assert artifact.load(made.path, deep=True)
+
+
+def test_only_what_a_manifest_names_is_fetched(made: artifact.Artifact, tmp_path: Path) -> None:
+    (made.path / "pytorch_model.bin").write_bytes(b"foreign")
+    local = artifact.fetch(made, tmp_path / "local")
+    names = sorted(path.name for path in local.rglob("*") if path.is_file())
+    assert names == ["a.bin", "b.txt"]
+    (made.path / "inner" / "b.txt").write_text("c")
+    with pytest.raises(BadData, match=r"b\.txt is corrupt"):
+        artifact.fetch(made, tmp_path / "again")
+
+
+@pytest.mark.case("A15")
+def test_a_folder_may_go_with_its_last_file(
+    made: artifact.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an object store there are no folders, but names with a slash."""
+
+    def gone(path: Path) -> None:
+        os.rmdir(path)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(Path, "rmdir", gone)
+    artifact.retire(made.path)
+    assert not made.path.exists()
+    artifact.publish(tmp_path / "source", made.path, FACTS)
+    assert artifact.load(made.path, deep=True)

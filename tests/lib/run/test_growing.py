@@ -81,6 +81,7 @@ def test_a_record_that_is_not_whole_is_none(stopped: Path, content: str) -> None
     assert growing.begun(stopped) is None
 
 
+@pytest.mark.case("A15")
 def test_a_mount_that_cannot_append(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Path.open
 
@@ -116,6 +117,7 @@ class Closing:
         self.file.close()
 
 
+@pytest.mark.case("A15")
 def test_a_mount_whose_files_end_with_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_mount_whose_files_end_with_a_flush(
     assert [entry["number"] for entry in entries(tmp_path / "it")] == [0, 1, 2, 3]
 
 
+@pytest.mark.case("A5")
 def test_a_full_disk_keeps_the_lines_before(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
