@@ -22,9 +22,9 @@ from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nl
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
-from stages.lib.run import failpoints, preemption, watchdog
+from stages.lib.run import checkpoints, failpoints, preemption, watchdog
 from stages.lib.run.exits import BadData, Diverged, TryAgain
-from stages.lib.run.progress import Progress
+from stages.lib.run.progress import Progress, say
 
 # All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
 EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
@@ -252,9 +252,15 @@ def train(
 
 
 def _keep(trainer: LoraTrainer, conduct: Conduct) -> None:
-    """Save the last whole step of a run that is stopped, if it is sound and owes nothing."""
+    """Save the last whole step of a run that is stopped, if it is sound, owes nothing, and time allows."""
     conduct.settle(trainer.state)
-    step = trainer.state.global_step
+    step, left = trainer.state.global_step, preemption.left()
+    if left is not None and left < checkpoints.expected_seconds():
+        say(
+            f"step {step} is not saved: that took {checkpoints.expected_seconds():.0f} s before, and "
+            f"{left:.0f} s are left; the checkpoint after step {conduct.saved_step} stands"
+        )
+        return
     if step > conduct.saved_step and not conduct.owes_evaluation(step):
         trainer._save_checkpoint(trainer.model, None)
         conduct.on_save(trainer.args, trainer.state, trainer.control)

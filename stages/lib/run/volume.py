@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.lib.run import failpoints
+from stages.lib.run import failpoints, watchdog
 from stages.lib.run.exits import HICCUP, CannotWrite, StageError, TryAgain, from_os_error
 from stages.lib.run.progress import say
 
@@ -68,6 +68,7 @@ class Stream:
         """
         with writing(self._path):
             self._file.write(block)
+            watchdog.alive()
             failpoints.reach("publish.block")
         self._hashed.update(block)
         self._size += len(block)
