@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -157,6 +157,7 @@ def try_runs(ground: Ground, runs: int, events: int, record: Callable[[str, obje
     profile = settings(
         max_examples=runs, stateful_step_count=events, deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck), print_blob=False,
+        phases=[Phase.generate],  # to find a shorter one takes hours
     )  # fmt: skip
     run_state_machine_as_test(machine(ground, happened), settings=profile)
     record("tried", len(happened))
