@@ -16,9 +16,8 @@ SERVER = """
 import json, os, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
-import peft, torch, transformers
+BEFORE
 from stages.__main__ import main
-from stages.lib.model import adapter, answer, load, training
 
 def child(order):
     os.setsid()
@@ -43,6 +42,10 @@ for line in sys.stdin:
         child(json.loads(line))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+LIBRARIES = """
+import peft, torch, transformers
+from stages.lib.model import adapter, answer, load, training
 """
 Result = subprocess.CompletedProcess[str]
 
@@ -97,11 +100,12 @@ class Forking:
 
 
 @contextmanager
-def forking(folder: Path) -> Iterator[Forking]:
-    """A server for the commands that are run in `folder`."""
+def forking(folder: Path, before: str = LIBRARIES) -> Iterator[Forking]:
+    """A server for the commands that are run in `folder`; `before` is what it does once, for all of them."""
     env = clean_environment(folder) | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    program = SERVER.replace("BEFORE", before)
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
+        [sys.executable, "-c", program], env=env, cwd=folder, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as server:  # fmt: skip
         forked = Forking(server, folder)
