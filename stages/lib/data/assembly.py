@@ -14,7 +14,7 @@ from stages.lib.data.duplicates import Seen
 from stages.lib.data.ledger import Ledger
 from stages.lib.data.preparation import Batch, Job, Outcome
 from stages.lib.data.prepared import PARTS, Writer
-from stages.lib.data.shapes import Shape
+from stages.lib.data.shapes import MOST_NAMES, Shape
 from stages.lib.data.shards import Shards
 from stages.lib.data.sources import Source
 from stages.lib.run import workers
@@ -53,7 +53,7 @@ def recognise(found: Iterable[Source], told: str) -> list[Reading]:
             recognition.recognise(first, source.name, told) if first else Shape("text", ("text",))
         )
         unread = recognition.unread(first, shape)
-        rest = f"; columns not read: {', '.join(unread)}" if unread else ""
+        rest = f"; columns not read: {', '.join(unread[:MOST_NAMES])}" if unread else ""
         odd = sources.oddities(source)
         note = f"; {odd}" if odd else ""
         say(f"{source.name} has the shape {shape.name}{rest}{note}")
