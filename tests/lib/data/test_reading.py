@@ -555,8 +555,11 @@ def test_values_within_values(tmp_path: Path, depth: int) -> None:
 
 @pytest.mark.case("B17")
 @pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
-def test_a_table_that_expands_beyond_measure(tmp_path: Path, name: str) -> None:
-    table = pa.table({"text": ["\0" * (100 << 20)] * 3})
+def test_a_table_that_expands_beyond_measure(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expanding, "LARGE", 1 << 20)
+    table = pa.table({"text": ["a" * (2 << 20)] * 3})
     if name == "a.parquet":
         pq.write_table(table, tmp_path / name, compression="zstd", use_dictionary=False)
     else:
