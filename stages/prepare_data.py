@@ -3,7 +3,8 @@
 Reads hub data sets, files, URLs, or the embedded sample, and the base model's tokenizer.
 Writes `data/` in the run directory: `train.arrow`, `held_out.arrow`, `prompts.jsonl` (held-out questions),
 `prompt_format.json`, `ledger.jsonl` (what each row lost), `rejects.jsonl` (rows that could not be read),
-`preview.html`, and the manifest with the account of every row.
+`preview.html`, and the manifest with the account of every row. Until then `data-shards/` keeps what was
+prepared, for the same command to go on with.
 """
 
 import click
@@ -85,7 +86,7 @@ def prepare_data(
     seed: int, max_bad_rows: int, allow: tuple[str, ...] | None, fail_on_leakage: bool, **run_settings: object,
 ) -> None:  # fmt: skip
     """Read data sets, tokenise them, and account for every row."""
-    from stages.lib.data import formats, prepared, sources
+    from stages.lib.data import formats, prepared, shards, sources
     from stages.lib.model.base import Base
     from stages.lib.report import preview
     from stages.lib.report.table import account
@@ -97,6 +98,7 @@ def prepare_data(
     known = run.previous_inputs("data").get("dataset")
     before = {"base": base.reference(), "dataset": sources.reference(dataset, known)}
     if made := run.finished("data", before | {"chat_template": template}):
+        shards.sweep(run)
         if show:
             from stages.lib.data.tokens import Tokens
 
@@ -119,10 +121,11 @@ def prepare_data(
         written, why = formats.choose(chat_format, tokens, shapes, loss_on)
         say(f"chat format {written.name}, as {why}")
         prepare = Preparer(written, max_length, on_long, seed, duplicates == "near")
+        kept = shards.Shards(prepare, base.identity(), scratch, run.folder, run.publish)
         out.mkdir()
         with prepared.Writer(out) as writer, Ledger(out, keep_rejected_text) as ledger:
             by_source = assembly.Assembly(
-                prepare, writer, ledger, scratch, held_out=validation_fraction, repeats=duplicates,
+                kept, writer, ledger, scratch, held_out=validation_fraction, repeats=duplicates,
                 max_rows=max_rows, seed=seed,
             ).run(readings)  # fmt: skip
         ledger.check(
@@ -135,7 +138,9 @@ def prepare_data(
         preview.write(out, prepared.head(out, preview.ROWS), tokens, metrics, ledger.lengths)
         now = sources.identity(dataset, found, before["dataset"])
         inputs = {"dataset": now, "base": base.identity()}
+        metrics |= {"rows_resumed": kept.rows_resumed}
         made = run.publish("data", out, inputs | {"chat_template": template}, metrics, seed=seed)
+        kept.clear()
     if show:
         click.echo(preview.text(prepared.head(made.path, show), tokens))
     click.echo(account(metrics))

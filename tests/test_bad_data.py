@@ -74,6 +74,7 @@ BAD_DATA = [
 ]  # fmt: skip
 
 
+@pytest.mark.case("B1", "B2", "B4", "B5", "B7", "B8", "B9", "B12", "B18")
 @pytest.mark.parametrize(
     ("name", "content", "words"), BAD_DATA, ids=[name for name, *_ in BAD_DATA]
 )
@@ -85,6 +86,7 @@ def test_bad_data(
     refused(prepare(stages, tmp_path, tiny, path), 65, str(path), *words)
 
 
+@pytest.mark.case("B1")
 def test_bad_rows_are_listed_counted_and_left_out_if_told(
     stages: Stages, tmp_path: Path, tiny: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_bad_rows_are_listed_counted_and_left_out_if_told(
     assert lines(tmp_path / "run" / "data" / "rejects.jsonl")[0]["text"] == '{"text": secret}'
 
 
+@pytest.mark.case("B6")
 def test_marks_of_other_systems_are_no_fault(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B6."""
     path = tmp_path / "rows.jsonl"
@@ -119,6 +122,7 @@ def test_marks_of_other_systems_are_no_fault(stages: Stages, tmp_path: Path, tin
     assert metrics(tmp_path)["rows_kept"] == 200
 
 
+@pytest.mark.case("B10")
 def test_every_row_too_long(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B10."""
     path = write(tmp_path, alpaca(5, output="word " * 100))
@@ -129,6 +133,7 @@ def test_every_row_too_long(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     )
 
 
+@pytest.mark.case("B11")
 @pytest.mark.parametrize("policy", ["truncate", "split", "drop"])
 def test_some_rows_too_long(stages: Stages, tmp_path: Path, tiny: Path, policy: str) -> None:
     """B11."""
@@ -147,6 +152,7 @@ def test_some_rows_too_long(stages: Stages, tmp_path: Path, tiny: Path, policy: 
     assert entry["tokens_lost"] == found["tokens_lost"]
 
 
+@pytest.mark.case("B12")
 def test_rows_without_a_trainable_token(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B12."""
     talk = [{"messages": [{"role": "user", "content": f"Hi {n}"}]} for n in range(3)]
@@ -157,6 +163,7 @@ def test_rows_without_a_trainable_token(stages: Stages, tmp_path: Path, tiny: Pa
     assert metrics(tmp_path)["rows_dropped"] == {"no_answer": 3}
 
 
+@pytest.mark.case("B13")
 def test_empty_answers(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B13: counted; over 1 % they are an error."""
     path = write(tmp_path, [*alpaca(299), {"instruction": "Say nothing.", "output": " "}])
@@ -167,6 +174,7 @@ def test_empty_answers(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     assert prepare(stages, tmp_path, tiny, path, ALLOW="empty-answers").returncode == 0
 
 
+@pytest.mark.case("B14")
 def test_rows_of_the_test_split_are_not_learned(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B14."""
     folder = tmp_path / "rows"
@@ -182,6 +190,7 @@ def test_rows_of_the_test_split_are_not_learned(stages: Stages, tmp_path: Path, 
     )
 
 
+@pytest.mark.case("B15")
 def test_a_small_data_set_still_trains(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B15: fewer rows than a batch are a short step, never none."""
     path = write(tmp_path, alpaca(2))
@@ -193,6 +202,7 @@ def test_a_small_data_set_still_trains(stages: Stages, tmp_path: Path, tiny: Pat
     assert manifest["metrics"]["steps"] == 1
 
 
+@pytest.mark.case("B16")
 def test_row_beyond_the_limit(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B16."""
     path = tmp_path / "rows.jsonl"
@@ -200,6 +210,7 @@ def test_row_beyond_the_limit(stages: Stages, tmp_path: Path, tiny: Path) -> Non
     refused(prepare(stages, tmp_path, tiny, path), 65, "1 bad of 3 rows", f"{path}:2", "limit")
 
 
+@pytest.mark.case("B17")
 def test_compression_bomb(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B17."""
     path = tmp_path / "rows.jsonl.gz"
@@ -209,6 +220,7 @@ def test_compression_bomb(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     refused(prepare(stages, tmp_path, tiny, path), 65, str(path), "expands")
 
 
+@pytest.mark.case("B19")
 def test_special_tokens_in_rows_are_text(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B19."""
     path = write(tmp_path, alpaca(20, input="<|im_end|> and </s> and [INST] and <|im_start|>"))
@@ -218,6 +230,7 @@ def test_special_tokens_in_rows_are_text(stages: Stages, tmp_path: Path, tiny: P
         assert found["rows_ending_in_trained_eos"] == found["rows_kept"] == 20
 
 
+@pytest.mark.case("B19")
 def test_no_chat_template(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B19: the tokenizer's own is wanted, and there is none; a file that is broken, or is not there."""
     base = shutil.copytree(tiny, tmp_path / "base")
@@ -267,6 +280,7 @@ def test_answers_that_would_not_stop(stages: Stages, tmp_path: Path, tiny: Path)
     refused(result, 65, "only 0 of 20 rows end in a trained EOS", "ALLOW=unended")
 
 
+@pytest.mark.case("B21")
 def test_data_of_another_template(stages: Stages, tmp_path: Path, tiny: Path) -> None:
     """B21."""
     base = shutil.copytree(tiny, tmp_path / "base")

@@ -196,6 +196,7 @@ def prepare(stages: Stages, tmp_path: Path, base: Path, dataset: Path | str, **e
 GOOD = '{"text": "### Human: Hi### Assistant: Hello."}\n'
 
 
+@pytest.mark.case("B3")
 @pytest.mark.parametrize("name", ["none.jsonl", "no/such/folder", "empty", "none*.jsonl"])
 def test_missing_data(stages: Stages, tmp_path: Path, tiny: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -227,6 +228,7 @@ def without_root_powers(tmp_path: Path, *args: str | Path) -> Result:
 
 
 @pytest.mark.case("A9")
+@pytest.mark.case("B3")
 def test_data_that_may_not_be_read(tmp_path: Path, tiny: Path) -> None:
     """It is not the run directory that is at fault, so 73 and its advice would mislead."""
     path = tmp_path / "rows.jsonl"
@@ -289,6 +291,7 @@ def test_tokenizer_that_is_cut_off(stages: Stages, tmp_path: Path, tiny: Path, r
     refused(prepare(stages, tmp_path, base, rows), 65, str(base), "tokenizer")
 
 
+@pytest.mark.case("B20")
 def test_vocabulary_beyond_the_embeddings(
     stages: Stages, tmp_path: Path, tiny: Path, rows: Path
 ) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 from stages.lib.data import preparation, recognition, sources
 from stages.lib.data.duplicates import Seen
 from stages.lib.data.ledger import Ledger
-from stages.lib.data.preparation import Batch, Job, Outcome, Preparer
+from stages.lib.data.preparation import Batch, Job, Outcome
 from stages.lib.data.prepared import PARTS, Writer
-from stages.lib.data.shapes import Shape
+from stages.lib.data.shapes import MOST_NAMES, Shape
+from stages.lib.data.shards import Shards
 from stages.lib.data.sources import Source
 from stages.lib.run import workers
 from stages.lib.run.progress import Progress, say
@@ -52,7 +53,7 @@ def recognise(found: Iterable[Source], told: str) -> list[Reading]:
             recognition.recognise(first, source.name, told) if first else Shape("text", ("text",))
         )
         unread = recognition.unread(first, shape)
-        rest = f"; columns not read: {', '.join(unread)}" if unread else ""
+        rest = f"; columns not read: {', '.join(unread[:MOST_NAMES])}" if unread else ""
         odd = sources.oddities(source)
         note = f"; {odd}" if odd else ""
         say(f"{source.name} has the shape {shape.name}{rest}{note}")
@@ -64,16 +65,17 @@ class Assembly:
     """Gathers prepared rows into the parts of an artifact.
 
     Args:
+        shards: which prepare them, and keep what they made.
         held_out: share of rows put aside where a source has no test split of its own.
         repeats: of duplicates: `drop`, `keep`, or `near` (drop those that are nearly the same too).
         max_rows: of each source that are read for training.
     """
 
     def __init__(
-        self, prepare: Preparer, writer: Writer, ledger: Ledger, scratch: Path, *, held_out: float,
+        self, shards: Shards, writer: Writer, ledger: Ledger, scratch: Path, *, held_out: float,
         repeats: str, max_rows: int | None, seed: int,
     ) -> None:  # fmt: skip
-        self.prepare, self.writer, self.ledger = prepare, writer, ledger
+        self.shards, self.writer, self.ledger = shards, writer, ledger
         self.seen = Seen(scratch, repeats == "near")
         self.held_out, self.repeats, self.max_rows, self.seed = held_out, repeats, max_rows, seed
         self.own_rows = 0  # the first rows are those of the sources' own test splits
@@ -125,8 +127,10 @@ class Assembly:
                 yield Job(chunk, reading.shape, ask)
 
         taken = 0
-        with contextlib.closing(workers.in_order(self.prepare, jobs(), processes)) as batches:
-            for batch in batches:
+        work, known = self.shards, self.shards.known
+        with contextlib.closing(workers.in_order(work, jobs(), processes, known)) as finished:
+            for made in finished:
+                batch = self.shards.add(made)
                 rows = batch.outcomes[: None if most is None else most - taken]
                 self._add(reading, *names.popleft(), batch, rows, own)
                 taken += len(rows)
@@ -157,7 +161,7 @@ class Assembly:
                 written[part] += [(row, n) for n in range(first, position)] * times
                 self.by_source[reading.number]["rows_kept"] += 1
         self.by_source[reading.number]["rows_read"] += len(rows)
-        tokens, learned, ended = preparation.counts(batch, self.prepare.format.stops.ids)
+        tokens, learned, ended = preparation.counts(batch, self.shards.prepare.format.stops.ids)
         for part, pieces in written.items():
             if pieces:
                 numbers, index = np.array(pieces, dtype=np.int64).T

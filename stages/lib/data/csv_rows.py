@@ -17,7 +17,9 @@ from stages.lib.data.rows import (
     Row,
     Rows,
     bad,
+    first_twice,
     problem_of,
+    too_many,
 )
 from stages.lib.run.exits import BadData
 
@@ -169,9 +171,10 @@ def _header(records: Records, name: str) -> list[str]:
     if problem := records.problem():
         raise BadData(f"{name} is {problem}; convert it")
     empty = [number for number, column in enumerate(columns, 1) if not column.strip()]
-    twice = [column for column in columns if columns.count(column) > 1]
+    if problem := too_many(len(columns)):
+        raise BadData(f"{name} has {problem}; leave out those that are not needed")
     if empty:
         raise BadData(f"{name} has no name for column {empty[0]} in its header row; give it one")
-    if twice:
-        raise BadData(f"{name} has two columns {twice[0]!r} in its header row; rename one")
+    if twice := first_twice(columns):
+        raise BadData(f"{name} has two columns {twice!r} in its header row; rename one")
     return columns

@@ -21,6 +21,20 @@ def signature(said: Conversation) -> Any:
     return found
 
 
+def dumps(mark: Any) -> bytes:
+    """A `signature` as bytes, for `loads`."""
+    return bytes(mark.__reduce__()[2])
+
+
+def loads(content: bytes) -> Any:
+    """The signature that `dumps` was given."""
+    from rensa import RMinHash
+
+    found = RMinHash(PERMUTATIONS, 0)
+    found.__setstate__(content)
+    return found
+
+
 class Seen:
     """The rows that were kept: on disk, so that memory does not grow with them.
 

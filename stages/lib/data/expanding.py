@@ -36,12 +36,22 @@ def blocks(path: Path, name: str) -> Iterator[bytes]:
         size = 0
         while block := _read(stream, how, name):
             size += len(block)
-            if how and size > LARGE and size > FOLD * file.tell():
-                raise BadData(
-                    f"{name} expands more than {FOLD}-fold ({size:,} bytes so far; a compression bomb?); "
-                    "expand it yourself if it is meant so"
-                )
+            if how:
+                check(size, file.tell(), name)
             yield block
+
+
+def check(size: int, room: int, name: str) -> None:
+    """Refuse a file of which `room` bytes become `size` bytes of data, if that is beyond measure.
+
+    Raises:
+        BadData: it is.
+    """
+    if size > LARGE and size > FOLD * room:
+        raise BadData(
+            f"{name} expands more than {FOLD}-fold ({size:,} bytes so far; a compression bomb?); "
+            "expand it yourself if it is meant so"
+        )
 
 
 def _expanding(file: IO[bytes], how: str) -> Any:

@@ -8,14 +8,18 @@ from typing import Any
 
 from stages.lib.data.rows import (
     CHUNK_ROWS,
+    NESTING_LIMIT,
     ROW_LIMIT,
+    TOO_DEEP,
     TOO_LONG,
     TRUNCATED,
     Chunk,
     Row,
     Rows,
     bad,
+    first_twice,
     problem_of,
+    too_many,
 )
 
 BOM = b"\xef\xbb\xbf"
@@ -34,8 +38,7 @@ class Refused(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = first_twice([name for name, _ in pairs])
         raise Refused(f"the key {twice!a} is there twice")
     return found
 
@@ -66,7 +69,7 @@ def reason(error: ValueError | RecursionError, byte: int, start: int = 0) -> str
     if isinstance(error, Refused):
         return str(error)
     if isinstance(error, RecursionError):
-        return "nested too deeply"
+        return TOO_DEEP
     return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
 
@@ -85,9 +88,21 @@ def parse(text: bytes, line: int, byte: int, is_end: bool = False) -> Row:
     if type(data) is not dict:
         kind = NAMES.get(type(data), "boolean")
         return bad(line, byte, f"a JSON {kind}, not an object", text)
-    if SUSPECT.search(text) and (problem := problem_of(data)):
+    problem = too_many(len(data)) or (_is_deep(text, data) and TOO_DEEP) or None
+    if problem or (SUSPECT.search(text) and (problem := problem_of(data))):
         return bad(line, byte, problem, text)
     return Row(line, byte, data)
+
+
+def _is_deep(text: bytes, data: Any) -> bool:
+    """Whether more lies within one another than libraries that recurse would follow."""
+    if text.count(b"[") + text.count(b"{") <= NESTING_LIMIT:
+        return False
+    level = [data]
+    for _ in range(NESTING_LIMIT):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def _is_cut(error: ValueError | RecursionError) -> bool:

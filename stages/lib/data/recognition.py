@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stages.lib.data.shapes import MARK, MARKS, PAIRS, Shape, listed
+from stages.lib.data.rows import COLUMN_LIMIT
+from stages.lib.data.shapes import LONGEST_NAME, MARK, MARKS, PAIRS, Shape, listed
 from stages.lib.run.exits import BadData
 
 BESIDE = {"system", "system_prompt", "history", "tools"}  # columns that conversations may have too
@@ -77,11 +78,11 @@ def _nearest(columns: Sequence[str]) -> str:
     shapes += [("alpaca", (asked, answer)) for asked, _, answer in PAIRS]
     shapes += [("guanaco or text", ("text",))]
 
+    short = [column[:LONGEST_NAME] for column in columns[:COLUMN_LIMIT]]
+
     def likeness(needed: Iterable[str]) -> float:
         ratios = [
-            max(
-                (difflib.SequenceMatcher(None, need, c.lower()).ratio() for c in columns), default=0
-            )
+            max((difflib.SequenceMatcher(None, need, c.lower()).ratio() for c in short), default=0)
             for need in needed
         ]
         return sum(ratios) / len(ratios)

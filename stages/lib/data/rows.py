@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 from stages.lib.data.conversation import is_unicode
 
 ROW_LIMIT = 16 << 20  # bytes
+COLUMN_LIMIT = 4096
+NESTING_LIMIT = 100
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 512
 SHOWN = 2000  # characters of a bad row
 TOO_LONG = f"the row is longer than the limit of {ROW_LIMIT:,} bytes"
 TRUNCATED = "the file ends in the middle of this row"
+TOO_DEEP = f"nested more than {NESTING_LIMIT} deep"
 REST_LOST = "; nothing after it can be read"
 
 
@@ -72,6 +75,22 @@ def bad_data(line: int, problem: str, data: dict[str, Any]) -> Row:
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = SHOWN
     return Row(line, None, None, problem, short.repr(data)[:SHOWN])
+
+
+def too_many(columns: int) -> str | None:
+    """Why so many columns are too many, or None."""
+    over = columns > COLUMN_LIMIT
+    return f"{columns:,} columns, where the limit is {COLUMN_LIMIT:,}" if over else None
+
+
+def first_twice(names: list[str]) -> str | None:
+    """The first of some names that was there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def problem_of(data: dict[str, Any]) -> str | None:

@@ -24,6 +24,9 @@ PAIRS = (
 )  # fmt: skip
 
 
+MOST_NAMES, LONGEST_NAME = 30, 100
+
+
 class Misfit(ValueError):
     """A row that does not have its data set's shape; the message is the reason."""
 
@@ -63,8 +66,10 @@ class Shape(NamedTuple):
 
 
 def listed(columns: Iterable[Any]) -> str:
-    """Columns as an error shows them."""
-    return ", ".join(repr(str(column)) for column in columns) or "none"
+    """Columns as an error shows them: the first ones, where there are many."""
+    names = [repr(str(column)[:LONGEST_NAME]) for column in columns]
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return (", ".join(names[:MOST_NAMES]) or "none") + more
 
 
 def _kind(value: Any) -> str:

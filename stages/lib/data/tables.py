@@ -4,7 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib.data.rows import CHUNK_BYTES, CHUNK_ROWS, Chunk, Row, bad_data, problem_of
+from stages.lib.data import expanding
+from stages.lib.data.rows import (
+    CHUNK_BYTES,
+    CHUNK_ROWS,
+    Chunk,
+    Row,
+    bad_data,
+    first_twice,
+    problem_of,
+    too_many,
+)
 from stages.lib.run.exits import BadData
 
 IPC_FILE = b"ARROW1"  # how an Arrow file begins, and feather; an Arrow stream has no mark
@@ -47,13 +57,15 @@ def tables(path: Path, kind: str, name: str) -> Iterator[Chunk]:
     """
     import pyarrow as pa
 
-    if path.stat().st_size == 0:
+    if (room := path.stat().st_size) == 0:
         return
     held: list[Any] = []
-    rows = size = done = 0
+    rows = size = done = whole = 0
     try:
-        for batch in _parquet(path) if kind == "parquet" else _arrow(path):
+        for batch in _parquet(path, name) if kind == "parquet" else _arrow(path):
             _check_names(batch.schema.names, name)
+            whole += batch.nbytes + len(batch)
+            expanding.check(whole, room, name)
             batch.validate(full=True)  # a wrong offset would read memory that is not ours
             for piece in _pieces(batch):
                 if held and (rows + len(piece) > CHUNK_ROWS or size + piece.nbytes > CHUNK_BYTES):
@@ -84,15 +96,21 @@ def _chunk(pieces: list[Any], done: int) -> Chunk:
 
 
 def _check_names(columns: list[str], name: str) -> None:
-    twice = [column for column in columns if columns.count(column) > 1]
-    if twice:
-        raise BadData(f"{name} has two columns {twice[0]!r}; rename one")
+    if problem := too_many(len(columns)):
+        raise BadData(f"{name} has {problem}; leave out those that are not needed")
+    if twice := first_twice(columns):
+        raise BadData(f"{name} has two columns {twice!r}; rename one")
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, name: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, buffer_size=CHUNK_BYTES) as file:
+        about = file.metadata
+        _check_names(file.schema_arrow.names, name)
+        # Before a page is read: its own size is what it says here.
+        said = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+        expanding.check(said, path.stat().st_size, name)
         # Few rows at a time: a long text that comes again and again takes room in the file only once.
         yield from file.iter_batches(batch_size=16, use_threads=False)
 

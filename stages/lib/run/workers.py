@@ -29,13 +29,20 @@ def available() -> int:
     return min(MOST, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
 
 
+def _nothing(job: Any) -> None:
+    """Of no job is it known what becomes of it."""
+
+
 def in_order(
-    work: Callable[[Given], Made], jobs: Iterable[Given], processes: int
+    work: Callable[[Given], Made],
+    jobs: Iterable[Given],
+    processes: int,
+    known: Callable[[Given], Made | None] = _nothing,
 ) -> Generator[Made, None, None]:
     """`work` done for each job, in their order, with a bounded number of jobs under way.
 
     The processes are forked, so `work` may hold what cannot be sent to another process. Close the iterator to
-    end them.
+    end them. What is `known` of a job is not worked out again.
 
     Raises:
         TryAgain: a process was killed.
@@ -43,7 +50,8 @@ def in_order(
     if processes < 2:
         for job in jobs:
             preemption.check()
-            yield work(job)
+            found = known(job)
+            yield work(job) if found is None else found
         return
     gc.freeze()  # a collection would touch, and so copy, every page that the processes share
     pool = ProcessPoolExecutor(
@@ -55,7 +63,8 @@ def in_order(
     waiting: deque[Future[Made]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(_do, job))
+            found = known(job)
+            waiting.append(pool.submit(_do, job) if found is None else _done(found))
             if len(waiting) > AHEAD * processes:
                 preemption.check()
                 yield waiting.popleft().result()
@@ -68,6 +77,12 @@ def in_order(
         ) from error
     finally:
         _end(pool)
+
+
+def _done(found: Made) -> Future[Made]:
+    done: Future[Made] = Future()
+    done.set_result(found)
+    return done
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

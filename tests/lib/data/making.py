@@ -8,7 +8,9 @@ from stages.lib.data import assembly, prepared, sources
 from stages.lib.data.ledger import Ledger
 from stages.lib.data.preparation import Preparer
 from stages.lib.data.prepared import Part, Writer
+from stages.lib.data.shards import Shards
 from stages.lib.data.tokens import Tokens
+from stages.lib.run import artifact
 from tests.lib.data.talk import make
 
 CHECKS: dict[str, Any] = {
@@ -59,7 +61,7 @@ class Maker:
         prepare = Preparer(form, limit, policy, seed, repeats == "near")
         with Writer(out) as writer, Ledger(out, keep_text) as ledger:
             by_source = assembly.Assembly(
-                prepare,
+                Shards(prepare, {}, scratch, self.folder, self.publish),
                 writer,
                 ledger,
                 scratch,
@@ -71,6 +73,12 @@ class Maker:
         made = Made(out, ledger, ledger.metrics(), by_source)
         check_account(made)
         return made
+
+    def publish(
+        self, name: str, source: Path, inputs: dict[str, Any], metrics: dict[str, Any]
+    ) -> artifact.Artifact:
+        about = {"inputs": inputs, "metrics": metrics}
+        return artifact.publish(source, self.folder / name, about)
 
 
 def check_account(made: Made) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from stages.lib.run.exits import BadData
 from tests.lib.data.making import CHECKS, Maker, rows
@@ -16,6 +18,7 @@ LEFT = "what comes after that?"
 ALLOWED = {"max_bad_rows": 1, "allowed": ("nothing-to-learn", "empty-answers")}
 
 
+@pytest.mark.promise("P6")
 @pytest.mark.parametrize("policy", ["truncate", "split", "drop"])
 def test_the_account_adds_up(maker: Maker, policy: str) -> None:
     unanswered = f"### Human: a### Assistant: b### Human: {LEFT}"
@@ -54,6 +57,47 @@ def test_the_account_adds_up(maker: Maker, policy: str) -> None:
     quantiles = made.metrics["length_quantiles"]
     assert list(quantiles.values()) == sorted(quantiles.values())
     assert (quantiles["0"], quantiles["1"]) == (min(ledger.lengths), max(ledger.lengths))
+
+
+KINDS = {
+    "good": lambda n: rows(1, n)[0],
+    "same": lambda n: rows(1)[0],
+    "long": lambda n: f"### Human: {n}### Assistant: " + f"word {n} " * 200,
+    "empty": lambda n: " " * (n % 3),
+    "bad": lambda n: "{broken",
+    "unmarked": lambda n: f"no marks {n}",
+    "unanswered": lambda n: f"### Human: nobody answers {n}",
+    "hollow": lambda n: f"### Human: {n}### Assistant: ",
+    "left": lambda n: f"### Human: {n}### Assistant: b### Human: {LEFT}",
+}
+
+
+@pytest.mark.promise("P6")
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=30),
+    policy=st.sampled_from(["truncate", "split", "drop"]),
+    repeats=st.sampled_from(["drop", "keep"]),
+    held_out=st.sampled_from([0.0, 0.3]),
+)
+def test_no_row_goes_without_a_word(
+    maker: Maker, kinds: list[str], policy: str, repeats: str, held_out: float
+) -> None:
+    """Whatever is mixed: each row is in the artifact or in the ledger, for the reason that it should be."""
+    path = maker.file("mixed.jsonl", [*rows(1, 500), *(KINDS[k](n) for n, k in enumerate(kinds))])
+    made = maker.prepare(path, policy=policy, repeats=repeats, held_out=held_out)
+    ledger, dropped = made.ledger, made.ledger.rows_dropped
+    assert ledger.rows_read == len(kinds) + 1
+    assert ledger.rows_read == ledger.rows_kept + dropped.total()
+    assert dropped["bad"] == kinds.count("bad") + kinds.count("unmarked")
+    assert dropped["empty"] == kinds.count("empty")
+    assert dropped["no_answer"] == kinds.count("unanswered")
+    assert dropped["empty_answer"] == kinds.count("hollow")
+    assert ledger.turns_dropped == kinds.count("left")
+    shortened = {"truncate": ledger.rows_truncated, "split": ledger.rows_split}
+    assert shortened.get(policy, dropped["too_long"]) == kinds.count("long")
+    again = max(0, kinds.count("same") - (kinds[:1] != ["good"]))
+    assert dropped["duplicate"] == (again if repeats == "drop" else 0)
 
 
 def test_bad_rows_are_listed_without_their_text(maker: Maker) -> None:

@@ -135,6 +135,7 @@ def test_files_with_nothing_but_space_or_a_header_have_no_rows(tmp_path: Path) -
         assert rows(path) == [], name
 
 
+@pytest.mark.case("B6")
 def test_byte_order_mark_crlf_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(
@@ -246,7 +247,8 @@ BAD_LINES = [
     (b'{"text": "a\x1b[0m"}', "invalid control character at byte 28"),
     (b'{"text": "a\tb"}', "invalid control character at byte 28"),
     (b'{"text": "\\x41"}', "invalid \\escape at byte 27"),
-    (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+    (b"[" * 100_000 + b"]" * 100_000, "nested more than 100 deep"),
+    (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 100 deep"),
     (b'{"n": ' + b"9" * 5000 + b"}", "a number of more than 4300 digits"),
 ]
 
@@ -285,6 +287,7 @@ def test_escapes_that_only_look_bad_are_accepted(tmp_path: Path) -> None:
     assert data(rows(path)) == [{"text": "\\u0000 \\ud83d \U0001f600 \x1b \ud7ff\ue000 \x7f"}]
 
 
+@pytest.mark.case("B1")
 def test_a_broken_line_deep_in_a_long_file(tmp_path: Path) -> None:
     line = json.dumps({"text": "x" * 180}).encode() + b"\n"
     broken = line.replace(b'", ', b'" ').replace(b'x"', b'x" 1')
@@ -493,6 +496,7 @@ def test_compressed_files_in_several_parts(tmp_path: Path) -> None:
         assert data(rows(tmp_path / name)) == [{"text": "good"}] * 2
 
 
+@pytest.mark.case("B17")
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.zst"])
 def test_a_compression_bomb(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -520,6 +524,48 @@ def test_an_error_calls_the_file_what_people_call_it(tmp_path: Path) -> None:
     path.write_bytes(GOOD)
     with pytest.raises(BadData, match=r"^s3://bucket/rows\.jsonl\.gz is not"):
         list(reading.chunks(path, "jsonl", "s3://bucket/rows.jsonl.gz"))
+
+
+# --- limits ----------------------------------------------------------------------------------------
+
+
+def test_columns_beyond_the_limit(tmp_path: Path) -> None:
+    """In seconds: no list of names is searched for each of them."""
+    many = {f"k{n}": "1" for n in range(50_000)}
+    start = time.process_time()
+    (row,) = rows(packed(tmp_path / "a.jsonl", json.dumps(many).encode()))
+    assert row.problem == "50,000 columns, where the limit is 4,096"
+    twice = json.dumps(many)[:-1].encode() + b', "k49999": 2}'
+    assert rows(packed(tmp_path / "b.jsonl", twice))[0].problem == "the key 'k49999' is there twice"
+    few = dict(list(many.items())[:4097])
+    for name in ("a.csv", "a.parquet", "a.arrow"):
+        with pytest.raises(
+            BadData, match=r"has 4,097 columns, where the limit is 4,096; leave out"
+        ):
+            rows(written(tmp_path / name, [few]))
+    assert data(rows(written(tmp_path / "b.csv", [dict(list(few.items())[:4096])])))
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("depth", [98, 99])
+def test_values_within_values(tmp_path: Path, depth: int) -> None:
+    (row,) = rows(packed(tmp_path / "a.jsonl", b'{"a": ' + b"[" * depth + b"]" * depth + b"}"))
+    assert row.problem is None
+
+
+@pytest.mark.case("B17")
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
+def test_a_table_that_expands_beyond_measure(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expanding, "LARGE", 1 << 20)
+    table = pa.table({"text": ["a" * (2 << 20)] * 3})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name, compression="zstd", use_dictionary=False)
+    else:
+        pyarrow.feather.write_feather(table, tmp_path / name, compression="zstd")
+    with pytest.raises(BadData, match=r"expands more than 200-fold"):
+        rows(tmp_path / name)
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -560,6 +606,7 @@ def repeated(path: Path, start: bytes, part: bytes, times: int) -> Path:
 X = b"x" * (1 << 20)
 
 
+@pytest.mark.case("B16")
 @pytest.mark.parametrize(
     ("make", "count", "bad"),
     [
