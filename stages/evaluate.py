@@ -12,9 +12,11 @@ from stages.lib.data import wanted
 from stages.lib.report import gate as gates
 from stages.lib.run import gpu, options
 from stages.lib.run.artifact import Artifact
-from stages.lib.run.rundir import Run, run_options, versions
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
+from stages.lib.run.versions import versions
 
 
 @click.command("evaluate", cls=Stage)

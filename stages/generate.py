@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from stages.lib.run import gpu, options
+from stages.lib.run.options import run_options
 from stages.lib.run.progress import Progress, say
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, more_explicit, setting
 from stages.lib.run.values import Number
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.lib.run import gpu, options
-from stages.lib.run.rundir import Run, run_options, versions
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
+from stages.lib.run.versions import versions
 
 if TYPE_CHECKING:
     from stages.lib.data.formats import Format

@@ -11,7 +11,8 @@ import click
 
 from stages.lib.data import wanted
 from stages.lib.run import options
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
 

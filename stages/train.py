@@ -12,9 +12,11 @@ from pathlib import Path
 import click
 
 from stages.lib.run import options
-from stages.lib.run.rundir import Run, run_options, versions
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Number
+from stages.lib.run.versions import versions
 
 
 @click.command("train", cls=Stage)

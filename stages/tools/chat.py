@@ -13,8 +13,9 @@ import click
 
 from stages.lib.run import gpu, options, preemption
 from stages.lib.run.exits import BadData, BadSetting, TryAgain
+from stages.lib.run.options import reading_options
 from stages.lib.run.progress import say
-from stages.lib.run.rundir import Run, reading_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, did_you_mean
 
 COMMANDS = {

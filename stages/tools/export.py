@@ -9,7 +9,8 @@ import json
 
 import click
 
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 
 

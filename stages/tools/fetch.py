@@ -10,7 +10,8 @@ import click
 
 from stages.lib.data import wanted
 from stages.lib.run import fetched, options
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 
 

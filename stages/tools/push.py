@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from stages.lib.run.exits import BadSetting
-from stages.lib.run.rundir import Run, run_options
+from stages.lib.run.options import run_options
+from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 
 KEPT_BACK = "last/"  # of an adapter: the state after the last step, where an earlier one is better

@@ -25,8 +25,9 @@ RECIPE = {
 }  # fmt: skip
 # Chunks of rows as large data has them, so that there is something to be killed between.
 SMALLER = f"""{LIBRARIES}
-from stages.lib.data import json_rows
+from stages.lib.data import json_rows, shards
 json_rows.CHUNK_ROWS = 10
+shards.SECONDS = shards.SPARING = 0
 """
 EVERY = ",".join(f"{point}=1+:note" for point in failpoints.POINTS)
 

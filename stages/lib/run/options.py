@@ -75,6 +75,22 @@ stall_minutes = setting(
 )  # fmt: skip
 
 
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every stage has."""
+    for decorate in (
+        stall_minutes, grace_seconds, max_runtime, force,
+    ):  # fmt: skip
+        command = decorate(command)
+    return reading_options(command)
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that reads a run and makes nothing in it."""
+    for decorate in (verify, allow_stale, run_dir):
+        command = decorate(command)
+    return command
+
+
 def max_new_tokens(default: int) -> Decorator:
     """The length limit of an answer, whose default differs by stage."""
     return setting(

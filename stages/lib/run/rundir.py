@@ -1,20 +1,16 @@
 """A run directory as one stage sees it: what it reads, whether it is done, what it publishes."""
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stages import __version__
 from stages.lib.run import (
     artifact,
     attempts,
@@ -23,7 +19,6 @@ from stages.lib.run import (
     failpoints,
     growing,
     lease,
-    options,
     preemption,
     preflight,
     settings,
@@ -33,6 +28,7 @@ from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, CannotWrite, Missing, StageError, TryAgain
 from stages.lib.run.parts import Parts
 from stages.lib.run.progress import say
+from stages.lib.run.versions import versions
 
 MADE_BY = {
     "data": "prepare-data",
@@ -42,32 +38,6 @@ MADE_BY = {
     "merged": "merge",
     "gguf": "export",
 }
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-)
-
-
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every stage has."""
-    for decorate in (
-        options.stall_minutes, options.grace_seconds, options.max_runtime, options.force,
-    ):  # fmt: skip
-        command = decorate(command)
-    return reading_options(command)
-
-
-def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that reads a run and makes nothing in it."""
-    for decorate in (options.verify, options.allow_stale, options.run_dir):
-        command = decorate(command)
-    return command
 
 
 class Run:
@@ -320,14 +290,3 @@ class Run:
             )
         with scratch as folder:
             yield Path(folder)
-
-
-def versions() -> dict[str, str]:
-    """The versions that shaped a result."""
-    found = {"lora-stages": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    if "torch" in sys.modules:
-        found["torch"] = sys.modules["torch"].__version__  # with its build, +cpu or +cu130
-    return found

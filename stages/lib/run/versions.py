@@ -1,0 +1,30 @@
+"""The versions that shape a result."""
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+
+from stages import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions that shaped a result."""
+    found = {"lora-stages": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if "torch" in sys.modules:
+        found["torch"] = sys.modules["torch"].__version__  # with its build, +cpu or +cu130
+    return found
