@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.conftest import clean_environment
 
 SERVER = """
-import json, os, sys
+import json, os, resource, sys
 from stages.lib.run import environment
 environment.quiet_libraries()
 environment.settle()
@@ -28,7 +28,11 @@ def child(order):
     for number, path in enumerate(order["files"]):
         how = os.O_RDWR if path.startswith("/dev/") else os.O_RDONLY if number == 0 else os.O_WRONLY
         os.dup2(os.open(path, how), number)
-    sys.stdin, sys.argv = open(0), ["stages", *order["args"]]
+    # What is open there now, not what was when the server began.
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.argv = ["stages", *order["args"]]
+    if order["handles"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (order["handles"], order["handles"]))
     try:
         main()
     except SystemExit as end:
@@ -62,14 +66,17 @@ class Forking:
         self.args: list[str] = []
         self.pid = 0
 
-    def start(self, *args: object, terminal: str = "", stdin: str = "", **env: str) -> int:
-        """Start a command; its process id. `terminal`: a device to talk through, instead of files."""
+    def start(
+        self, *args: object, terminal: str = "", stdin: str = "", handles: int = 0, **env: str
+    ) -> int:
+        """Start a command; its process id. `terminal`: a device to talk through, instead of files;
+        `handles`: how many files it may have open."""
         self.end()
         files = [str(self.folder / name) for name in ("stdin", "stdout", "stderr")]
         for path in files:
             Path(path).write_text(stdin if path.endswith("stdin") else "")
         self.args = [str(arg) for arg in args]
-        order = {"args": self.args, "env": env, "cwd": str(self.folder)}
+        order = {"args": self.args, "env": env, "cwd": str(self.folder), "handles": handles}
         self._write(order | {"files": [terminal] * 3 if terminal else files})
         self.pid = int(self._read())
         return self.pid

@@ -416,6 +416,7 @@ def uninterrupted(
     return recipe, (folder / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.sweep
 @pytest.mark.promise("P2", "P9")
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.promise("P2", "P3")
@@ -471,6 +472,7 @@ def four_steps(
     return folder / "run", env
 
 
+@pytest.mark.sweep
 def test_a_forced_run_that_is_stopped_goes_on(
     four_steps: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:

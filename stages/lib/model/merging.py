@@ -61,8 +61,9 @@ class Merge:
         }
 
     def write(
-        self, folder: Path, done: Callable[[Path], object], there: Callable[[str], bool]
-    ) -> None:
+        self, folder: Path, done: Callable[[Path], object],
+        there: Callable[[str], bool] = lambda file: False,
+    ) -> None:  # fmt: skip
         """Write its weights in shards.
 
         Args:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.lib.run import artifact, environment
+from stages.lib.run import artifact, environment, volume
 from stages.lib.run.checks import Check, enforce, failed, refused, warned
 from stages.lib.run.exits import CannotRun, CannotWrite
 
@@ -104,15 +104,13 @@ def _room(parts: list[Need]) -> Check:
     usage = shutil.disk_usage(_there(folder))
     if not usage.total:  # some mounts of object stores
         return Check(name, f"{folder} does not say how much is free", state="skip")
-    listed = ", ".join(f"{what} {_bytes(size)}" for what, _, size in parts)
-    said = f"{folder} has {_bytes(usage.free)} free, and {_bytes(size)} are needed: {listed}"
+    listed = ", ".join(f"{what} {volume.amount(size)}" for what, _, size in parts)
+    said = f"{folder} has {volume.amount(usage.free)} free, and {volume.amount(size)} are needed: {listed}"
     if usage.free < size:
-        return failed(name, CannotWrite, said, "free some, or choose another folder")
+        return failed(
+            name, CannotWrite, said, "make room, or choose another RUN_DIR or SCRATCH_DIR"
+        )
     return Check(name, said)
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 1 << 28 else f"{size / 2**20:,.1f} MiB"
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Check:

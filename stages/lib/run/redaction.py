@@ -95,7 +95,7 @@ class Veiled(io.TextIOWrapper):
             stream.buffer, stream.encoding, stream.errors,
             line_buffering=stream.line_buffering, write_through=stream.write_through,
         )  # fmt: skip
-        self._veil = veil
+        self._veil, self._stream = veil, stream  # which would close the file with itself
 
     def write(self, text: str) -> int:
         """Write a text; its own length, as print and others expect."""

@@ -11,7 +11,8 @@ import torch
 from stages.lib.model.quick import Quick
 from stages.lib.model.scoring import Scorer
 from stages.lib.model.shortage import explained, of_training, remedies
-from stages.lib.run.exits import OutOfMemory, Reported
+from stages.lib.run import exits
+from stages.lib.run.exits import OutOfMemory
 from tests.lib.model.test_training import Schedule, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +95,7 @@ def test_an_evaluation_says_so_too(
 
 @pytest.mark.case("E4")
 def test_elsewhere_the_first_line_is_kept() -> None:
-    found = Reported.classify(torch.OutOfMemoryError(CUDA + "\nmore"))
+    found = exits.classify(torch.OutOfMemoryError(CUDA + "\nmore"))
     assert isinstance(found, OutOfMemory)
     assert "512.00 MiB is free" in found.message
     assert "more" not in found.message

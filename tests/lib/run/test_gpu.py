@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stages.lib.run import gpu, gpu_errors
-from stages.lib.run.exits import Reported, TryAgain
+from stages.lib.run import exits, gpu, gpu_errors
+from stages.lib.run.exits import TryAgain
 from tests import drivers
 from tests.conftest import ROOT
 
@@ -218,7 +218,7 @@ class AcceleratorError(RuntimeError):
 )
 def test_errors_of_a_lost_gpu(error: Exception, is_lost: bool) -> None:
     assert bool(gpu_errors.lost(error)) == is_lost
-    known = Reported.classify(error)
+    known = exits.classify(error)
     assert isinstance(known, TryAgain) == is_lost
     if is_lost:
         assert known
@@ -230,7 +230,7 @@ def test_errors_of_a_lost_gpu(error: Exception, is_lost: bool) -> None:
 def test_lost_gpu_below_another_error() -> None:
     error = KeyError("state")
     error.__cause__ = AcceleratorError("CUDA error: unspecified launch failure")
-    assert isinstance(Reported.classify(error), TryAgain)
+    assert isinstance(exits.classify(error), TryAgain)
 
 
 def test_installed_wheel_is_read_as_torch_says_it() -> None:

@@ -31,8 +31,8 @@ with preemption.deferred():
 
 # As libraries do round what they take for a failure of the network.
 DULL = """
-print("at work", flush=True)
 try:
+    print("at work", flush=True)
     time.sleep(60)
 except Exception:
     print("swallowed", flush=True)
