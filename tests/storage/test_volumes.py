@@ -143,9 +143,9 @@ def test_odd_paths(commands: Forking, finished: Path, rows: Path, name: str) -> 
 
 @pytest.mark.case("A27")
 def test_few_file_handles(commands: Forking, prepared: Path) -> None:
-    """Sixty-four are enough; four are not, and that is said."""
+    """Sixty-four are enough; seven are not, and that is said."""
     args = ("--env-file", "tiny.env", "train", "--max-steps", "1", "--run-dir", prepared)
-    for limit, code in ((4, 73), (64, 0)):
+    for limit, code in ((7, 73), (64, 0)):
         commands.start(*args, handles=limit)
         done = commands.wait()
         assert done.returncode == code, done.stderr

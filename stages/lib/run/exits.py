@@ -151,9 +151,9 @@ def from_os_error(error: OSError, writing: bool = False) -> StageError | None:
 def from_library(error: BaseException) -> StageError | None:
     """The stage error behind a library's own words on a failed file; libraries write to scratch alone."""
     where, said = "a file in SCRATCH_DIR", str(error)
-    named = re.search(r"\(os error (\d+)\)", said)  # as Rust says it
-    if named and (number := int(named[1])) in FULL | HICCUP | TOO_MANY:
-        return from_os_error(OSError(number, os.strerror(number), where), writing=True)
+    for number in sorted(FULL | HICCUP | TOO_MANY):
+        if os.strerror(number) in said:  # in Rust's words, C++'s and Python's
+            return from_os_error(OSError(number, os.strerror(number), where), writing=True)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter", said):
         return from_os_error(OSError(errno.ENOSPC, "it was cut off; the disk is full", where))
     return None
