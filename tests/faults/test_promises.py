@@ -30,7 +30,7 @@ def test_after_a_fault_it_goes_on_and_ends_as_if_nothing_had_been(
     assert try_fault(ground, fault) == []
 
 
-@pytest.mark.promise("P1", "P2", "P3", "P4")
+@pytest.mark.promise("P1", "P2", "P3")
 @pytest.mark.case("A12", "A20", "A21", "A22")
 def test_whatever_happens_it_ends_well(
     ground: Ground, record_property: Callable[[str, object], None]

@@ -192,7 +192,6 @@ def test_what_is_not_the_hubs(stages: Stages, tmp_path: Path, hub: Hub, preset: 
     assert first == second
 
 
-@pytest.mark.case("F1")
 def test_stopped_half_way(stages: Stages, tmp_path: Path, hub: Hub, preset: Path) -> None:
     """What is whole is not fetched again, and until all is whole the run is pinned to nothing."""
     run, env = tmp_path / "run", {"HF_ENDPOINT": hub.url}

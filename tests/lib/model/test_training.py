@@ -16,7 +16,7 @@ from stages.lib.data.bins import Schedule
 from stages.lib.model import load, training
 from stages.lib.model.loss import held_out_bins, lay_out, mean_nll, nll_sum
 from stages.lib.model.quick import Quick
-from stages.lib.run import preemption
+from stages.lib.run import checkpoints, preemption
 from stages.lib.run.exits import Diverged, TryAgain
 
 RECIPE = {
@@ -172,6 +172,36 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     resumed = run(tuned, rows, 40, 3, tmp_path / "on", resume=resume, **options)
     for name, tensor in WHOLE[precision, optimizer].items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.case("A18")
+@pytest.mark.parametrize(("takes", "kept"), [(0.0, ["checkpoint-2"]), (1e6, [])])
+def test_no_checkpoint_is_begun_that_will_not_be_whole_in_time(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], takes: float, kept: list[str],
+) -> None:  # fmt: skip
+    """On a slow volume, after a stop was asked for, with two steps behind."""
+    monkeypatch.setattr(checkpoints, "_slowest", takes)
+    saved, tuned, seen = list[Path](), attach("fp32"), 0
+
+    def stop(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 8:
+            preemption.request("enough")
+
+    tuned.register_forward_hook(stop)
+    preemption.listen()
+    with pytest.raises(TryAgain, match="enough"):
+        run(
+            tuned, some_rows(*range(8, 28)), 40, 3, tmp_path, steps=16,
+            saved=lambda f, *_: saved.append(f),
+        )  # fmt: skip
+    preemption.listen()
+    assert [path.name for path in saved] == kept
+    assert ("step 2 is not saved: that took 1000000 s before" in capsys.readouterr().err) == bool(
+        takes
+    )
 
 
 def log(checkpoint: Path) -> list[dict[str, Any]]:
