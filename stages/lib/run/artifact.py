@@ -95,11 +95,10 @@ class Draft:
         assert self._notes is not None
         if (self.path / MANIFEST).is_file():
             return {}
-        there = {name: self.path / name for name in self._notes.known}
         return {
-            name: self._notes.known[name]
-            for name, path in there.items()
-            if path.is_file() and sha256(path) == self._notes.known[name]["sha256"]
+            name: entry
+            for name, entry in self._notes.known.items()
+            if (self.path / name).is_file() and sha256(self.path / name) == entry["sha256"]
         }
 
     def _drop_unfinished(self) -> None:
@@ -125,11 +124,13 @@ class Draft:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        goes_on = self._notes is not None and isinstance(error, TryAgain)
-        if self._whole is None and not goes_on:
+        if self._whole is None:
             with preemption.deferred(), contextlib.suppress(OSError, InUse):
                 self.by.check_held()  # it may be another's by now
-                retire(self.path)
+                if self._notes is not None and isinstance(error, TryAgain):
+                    (self.path / MANIFEST).unlink(missing_ok=True)  # nobody may take it for whole
+                else:
+                    retire(self.path)
 
     @property
     def size(self) -> int:
@@ -189,10 +190,10 @@ class Draft:
             volume.patiently(lambda: self._seal(content))
             failpoints.reach("publish.written")
             volume.flush_folder(self.path)
-            with contextlib.suppress(OSError):  # beside a manifest it means nothing
-                (self.path / DRAFT).unlink(missing_ok=True)
             failpoints.reach("publish.done")
             self._whole = whole
+            with contextlib.suppress(OSError):  # beside a manifest it means nothing
+                (self.path / DRAFT).unlink(missing_ok=True)
         self.by.progressed()
         return Artifact(self.path, whole)
 

@@ -218,7 +218,9 @@ class Run:
             except StageError:
                 artifact.retire(folder)
                 raise
-        artifact.retire(folder)
+        # The artifact is there, and the exit code has to say so.
+        with preemption.deferred(), contextlib.suppress(OSError, TryAgain):
+            artifact.retire(folder)
 
     @contextlib.contextmanager
     def growing(self, name: str, file: str, inputs: dict[str, Any]) -> Iterator[growing.Growing]:
