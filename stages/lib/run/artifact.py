@@ -102,10 +102,10 @@ class Draft:
         }
 
     def _drop_unfinished(self) -> None:
+        kept = {DRAFT, *self._entries}  # files without that mark would be taken for nobody's
         for path in self.path.rglob("*"):
-            if path.is_file() and path.relative_to(self.path).as_posix() not in self._entries:
+            if path.is_file() and path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
-        volume.write(self.path / DRAFT, b"")
 
     def _begin(self, made_from: bytes) -> None:
         check_ours(self.path)

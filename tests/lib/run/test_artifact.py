@@ -244,7 +244,9 @@ class Notes:
         self.known[name] = result
 
 
-def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) -> None:
+def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, notes = tmp_path / "large", Notes()
     for number in range(3):
         (tmp_path / f"part{number}").write_text(f"part {number}")
@@ -252,6 +254,21 @@ def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(tmp_path: Path) ->
         draft.take(tmp_path / "part0")
         draft.take(tmp_path / "part1")
         raise TryAgain("stopped")
+    drop = Path.unlink
+    for last in range(1, 4):  # killed while it clears away, it is still ours
+        (target / "part1").write_text("part X")
+        (target / "part2").write_text("cut o")
+        left = iter(range(last, 0, -1))
+
+        def killed(path: Path, missing_ok: bool = False, left: Any = left) -> None:
+            drop(path, missing_ok)
+            if next(left) == 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", killed)
+            artifact.Draft(target, notes=notes).__enter__()
+        artifact.check_ours(target)
     (target / "part1").write_text("part X")
     (target / "part2").write_text("cut o")
     with artifact.Draft(target, notes=notes) as draft:
