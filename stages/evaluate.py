@@ -16,7 +16,6 @@ from stages.lib.run.options import run_options
 from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
 from stages.lib.run.values import Names, Number
-from stages.lib.run.versions import versions
 
 
 @click.command("evaluate", cls=Stage)
@@ -114,8 +113,8 @@ def evaluate(
         )
         names = [source["name"] for source in data.metrics["sources"]]
         made_of = run.made_of(inputs, {"train": made, "prepare-data": data})
-        made_on = {"device": load.describe_device(), "versions": versions()}
-        with run.parts("evaluation", inputs | made_on) as parts:
+        device = load.describe_device()
+        with run.parts("evaluation", inputs, device) as parts:
             sums = measure.held_out(
                 tuned, precision, rows, lengths, made.metrics["bin_tokens"], parts.of
             )
@@ -136,7 +135,7 @@ def evaluate(
             result["gate"] = gates.judge(result, gate)
             comparison.write(result, scratch)
             metrics = comparison.metrics(result)
-            run.publish("evaluation", scratch, inputs, metrics, device=made_on["device"])
+            run.publish("evaluation", scratch, inputs, metrics, device=device)
     click.echo(
         "\n".join([comparison.table_of(result), *scores.tables(result), "", result["sentence"]])
     )

@@ -83,9 +83,8 @@ def merge(
         job = merging.Merge(base, folded, made.metrics["base_precision"], merge_base, chosen)
         out = scratch / "merged"
         out.mkdir()
-        made_on = {"device": load.describe_device(), "versions": versions()}
         with (
-            run.parts("merged", inputs | made_on) as done,
+            run.parts("merged", inputs, load.describe_device()) as done,
             run.draft("merged", sum(job.sizes.values()), done) as draft,
         ):
             job.write(out, draft.move, draft.holds)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,14 @@ def tiny(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(sample_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def other_tiny(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model as a later commit would have it."""
+    folder = shutil.copytree(tiny, tmp_path / "other_tiny")
+    (folder / "generation_config.json").write_text('{"max_length": 7}')
     return folder
 
 

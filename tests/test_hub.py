@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -41,14 +40,6 @@ def hub(tiny: Path, rows: Path, tmp_path: Path) -> Iterator[Hub]:
         hub.push("models", "owner/tiny", tiny)
         hub.push("datasets", "owner/data", folder)
         yield hub
-
-
-@pytest.fixture
-def other_tiny(tiny: Path, tmp_path: Path) -> Path:
-    """The tiny model as a later commit would have it."""
-    folder = shutil.copytree(tiny, tmp_path / "other_tiny")
-    (folder / "generation_config.json").write_text('{"max_length": 7}')
-    return folder
 
 
 @pytest.fixture

@@ -56,14 +56,6 @@ def hub(tiny: Path, rows: Path, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def other_tiny(tiny: Path, tmp_path: Path) -> Path:
-    """The tiny model as a later commit would have it."""
-    folder = shutil.copytree(tiny, tmp_path / "other_tiny")
-    (folder / "generation_config.json").write_text('{"max_length": 7}')
-    return folder
-
-
-@pytest.fixture
 def preset(tmp_path: Path) -> Path:
     path = tmp_path / "fetch.env"
     path.write_text(RECIPE)

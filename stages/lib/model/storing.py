@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.plan import MASTER, OPTIMIZER, adapter_parameters
-from stages.lib.run import checkpoints
+from stages.lib.run import checkpoints, volume
 
 AT_MOST = checkpoints.KEEP + 2  # and the best one, and the one that is being written
 COPIES = 2  # of the adapter: the best and the last
@@ -25,9 +25,7 @@ def needs(
         return []
     parameters = adapter_parameters(shape, setup)
     one = int(parameters * (MASTER + OPTIMIZER[setup.optimizer]))
-    there = sum(
-        path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file()
-    )
+    there = volume.size(run_dir / "checkpoints")
     adapter = COPIES * MASTER * parameters
     return [
         ("checkpoints", run_dir, max(AT_MOST * one - there, one)),

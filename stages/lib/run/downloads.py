@@ -230,18 +230,19 @@ def damaged(folder: Path, deep: bool) -> list[Path]:
         blob = path.resolve()
         if not blob.is_file():
             continue
-        size = blob.stat().st_size
-        if (deep or size <= SMALL) and _sum(blob, size) not in (blob.name, None):
+        looked_at = deep or blob.stat().st_size <= SMALL
+        if looked_at and hash_of(blob, blob.name) not in (blob.name, None):
             found.append(path)
     return found
 
 
-def _sum(blob: Path, size: int) -> str | None:
-    """The hash that a blob should be named by: a sha256, or git's own; None where its name is neither."""
-    if len(blob.name) not in (40, 64):
+def hash_of(path: Path, like: str) -> str | None:
+    """The hash of a file in the kind of another one: a sha256, or git's own; None where that is neither."""
+    if len(like) not in (40, 64):
         return None
-    hashed = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with blob.open("rb") as file:
+    size = path.stat().st_size
+    hashed = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as file:
         while block := file.read(BLOCK):
             preemption.check()
             hashed.update(block)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import artifact, fetched, hub, lease, preemption, preflight
+from stages.lib.run import artifact, downloads, fetched, hub, lease, preemption, preflight
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.checks import enforce
 from stages.lib.run.exits import BadData
@@ -94,8 +94,7 @@ class Store:
                 return made
             artifact.retire(target)
             for file in wrong:  # the cache does not look at what it holds
-                (folder / file).resolve().unlink(missing_ok=True)
-                (folder / file).unlink(missing_ok=True)
+                downloads.discard(folder / file)
             say(f"{wrong[0]} of {name} is not what the hub says it is; fetching it again")
         raise BadData(
             f"{wrong[0]} of {name} is not what the hub says it is, twice; try again later"

@@ -66,11 +66,9 @@ def snapshot(
         TryAgain: the hub or the network failed. BadData: what is there is damaged, and cannot be mended.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
     patience.Patience().use()
-    try:
+    with explained(repository, revision):
         folder = _fetched(repository, revision, what)
         damaged = downloads.damaged(folder, verify)
         if damaged and not constants.HF_HUB_OFFLINE:
@@ -79,11 +77,6 @@ def snapshot(
                 downloads.discard(path)
             folder = _fetched(repository, folder.name, what)
             damaged = downloads.damaged(folder, verify)
-    except (OSError, ValueError, EntryNotFoundError, http_error) as error:
-        known = told_apart(error, repository, revision)
-        if known is None:
-            raise
-        raise known from error
     if damaged:
         raise BadData(
             f"{damaged[0]} is damaged; fetch {repository} anew, with the hub within reach and another HF_HOME"
@@ -91,26 +84,46 @@ def snapshot(
     return folder, folder.name
 
 
+def kind(what: str) -> str:
+    """The hub's word for a `model`, `tokenizer` or `dataset`."""
+    return "dataset" if what == "dataset" else "model"
+
+
+@contextlib.contextmanager
+def explained(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's library raises into the sentence and exit code that it deserves."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
+    try:
+        yield
+    except (OSError, ValueError, EntryNotFoundError, http_error) as error:
+        known = told_apart(error, repository, revision)
+        if known is None:
+            raise
+        raise known from error
+
+
 def _fetched(repository: str, revision: str | None, what: str) -> Path:
     """The folder of a snapshot in the cache: its large files brought by us, the others by the hub's library."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    kind, wanted = "dataset" if what == "dataset" else "model", FILES[what]
+    of, wanted = kind(what), FILES[what]
 
     def cached(**how: bool) -> Path:
         found = snapshot_download(
-            repository, repo_type=kind, revision=revision, allow_patterns=wanted, **how
+            repository, repo_type=of, revision=revision, allow_patterns=wanted, **how
         )
         return Path(found)
 
     # With the list of a commit's files there, its library can tell without the hub whether they are all there.
-    if revision and (downloads.storage(repository, kind) / "trees" / f"{revision}.json").is_file():
+    if revision and (downloads.storage(repository, of) / "trees" / f"{revision}.json").is_file():
         with contextlib.suppress(LocalEntryNotFoundError):
             return cached(local_files_only=True)
     for seconds in (*patience.PAUSES, None):
         try:
-            downloads.bring(repository, kind, revision, wanted)
+            downloads.bring(repository, of, revision, wanted)
             return cached()
         except (HfHubHTTPError, ConnectionError, *patience.network_errors()) as error:
             failure = error

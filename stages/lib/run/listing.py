@@ -1,13 +1,10 @@
 """What the hub says of a repository without sending its files: its commit, and their sizes and hashes."""
 
-import contextlib
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib.run import fetched, hub
+from stages.lib.run import downloads, fetched, hub
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import BadData
 
@@ -33,8 +30,8 @@ class Listing:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         for name in list(self.sizes)[:1]:
-            with _errors(self.repository, self.commit):
-                of = kind(self.what)
+            with hub.explained(self.repository, self.commit):
+                of = hub.kind(self.what)
                 get_hf_file_metadata(
                     hf_hub_url(self.repository, name, revision=self.commit, repo_type=of)
                 )
@@ -58,7 +55,7 @@ class Listing:
 
         def there(name: str) -> bool:
             found = try_to_load_from_cache(
-                self.repository, name, revision=self.commit, repo_type=kind(self.what)
+                self.repository, name, revision=self.commit, repo_type=hub.kind(self.what)
             )
             return isinstance(found, str)
 
@@ -71,7 +68,8 @@ class Listing:
         return [
             name
             for name, known in self.hashes.items()
-            if known != (_git_name(folder / name) if len(known) == GIT else found[name])
+            if known
+            != (downloads.hash_of(folder / name, known) if len(known) == GIT else found[name])
         ]
 
 
@@ -82,33 +80,8 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def kind(what: str) -> str:
-    """The hub's word for a `model`, `tokenizer` or `dataset`."""
-    return "dataset" if what == "dataset" else "model"
-
-
 def _hash(entry: Any) -> str:
     return str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
-
-
-@contextlib.contextmanager
-def _errors(repository: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version uses
-    try:
-        yield
-    except (OSError, ValueError, http_error) as error:
-        known = hub.told_apart(error, repository, revision)
-        if known is None:
-            raise
-        raise known from error
-
-
-def _git_name(path: Path) -> str:
-    """The name that git gives the contents of a small file; large ones have a sha256 instead."""
-    content = path.read_bytes()
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 def listing(repository: str, revision: str | None, what: str) -> Listing:
@@ -124,8 +97,8 @@ def listing(repository: str, revision: str | None, what: str) -> Listing:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects
 
-    with _errors(repository, revision):
-        api, of = HfApi(), kind(what)
+    with hub.explained(repository, revision):
+        api, of = HfApi(), hub.kind(what)
         commit = str(api.repo_info(repository, revision=revision, repo_type=of).sha)
         tree = api.list_repo_tree(repository, recursive=True, revision=commit, repo_type=of)
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from stages.lib.run.exits import InUse, StageError, Stopped
 
@@ -81,10 +82,18 @@ def _end(last_words: LastWords) -> None:
         f"{_reasons[0]}, and after {_grace:g} seconds the work had not stopped by itself{where}; "
         "what was verified stands, and the same command goes on from there"
     )
-    codes = [error.exit_code]
-    telling = threading.Thread(target=lambda: codes.append(last_words(error)), daemon=True)
+    leave(lambda: last_words(error), error.exit_code, LAST_WORDS_SECONDS)
+
+
+def leave(report: Callable[[], int], code: int, seconds: float) -> NoReturn:
+    """End the process as it is, with the code that `report` gives, or with `code` where it takes too long.
+
+    What keeps the work from ending may be the very disk that is reported to.
+    """
+    codes = [code]
+    telling = threading.Thread(target=lambda: codes.append(report()), daemon=True)
     telling.start()
-    telling.join(LAST_WORDS_SECONDS)
+    telling.join(seconds)
     os._exit(codes[-1])
 
 

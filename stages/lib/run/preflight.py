@@ -35,7 +35,7 @@ def start(run_dir: Path, scratch: Path) -> None:
 def writable(name: str, folder: Path) -> Check:
     """Whether a file can be written, flushed and removed in a folder, or where it would be made."""
     try:
-        _try(_there(folder))
+        _try(volume.nearest(folder))
     except CannotWrite as error:
         return refused(name, error)
     return Check(name, f"{folder.absolute()} takes files")
@@ -48,11 +48,6 @@ def _try(folder: Path) -> None:
             artifact.write(path, b"can this be written?\n")
         finally:
             path.unlink(missing_ok=True)
-
-
-def _there(folder: Path) -> Path:
-    """The folder, or what there is of the way to it."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def mount_of(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
@@ -95,13 +90,13 @@ def room(needs: Iterable[Need]) -> list[Check]:
     disks: dict[int, list[Need]] = {}
     for what, folder, size in needs:
         if size:
-            disks.setdefault(_there(folder).stat().st_dev, []).append((what, folder, size))
+            disks.setdefault(volume.nearest(folder).stat().st_dev, []).append((what, folder, size))
     return [_room(parts) for parts in disks.values()]
 
 
 def _room(parts: list[Need]) -> Check:
     name, folder, size = "room", parts[0][1].absolute(), sum(size for *_, size in parts)
-    usage = shutil.disk_usage(_there(folder))
+    usage = shutil.disk_usage(volume.nearest(folder))
     if not usage.total:  # some mounts of object stores
         return Check(name, f"{folder} does not say how much is free", state="skip")
     listed = ", ".join(f"{what} {volume.amount(size)}" for what, _, size in parts)

@@ -201,16 +201,17 @@ class Run:
             yield draft
 
     @contextlib.contextmanager
-    def parts(self, name: str, inputs: dict[str, Any]) -> Iterator[Parts]:
+    def parts(self, name: str, inputs: dict[str, Any], device: dict[str, Any]) -> Iterator[Parts]:
         """What was finished of `name` before this attempt, if it is made alike; it goes once that is there.
 
         An end that the same command would meet again leaves nothing of it.
+
+        Args:
+            device: that computes; what another one made, or other versions did, is not gone on with.
         """
         folder = self.folder / f"{name}.parts"
-        there = artifact.load(self.folder / name)
-        if self.force and there and not self.differences(there, inputs):
-            artifact.retire(folder)  # of the one that is to be made again
-        with self.growing(folder.name, "parts.jsonl", inputs) as grown:
+        made_on = {"device": device, "versions": versions()}
+        with self.growing(folder.name, "parts.jsonl", inputs | made_on) as grown:
             try:
                 yield Parts(grown)
             except (TryAgain, CannotWrite):
@@ -219,7 +220,7 @@ class Run:
                 artifact.retire(folder)
                 raise
         # The artifact is there, and the exit code has to say so.
-        with preemption.deferred(), contextlib.suppress(OSError, TryAgain):
+        with preemption.deferred(), contextlib.suppress(OSError):
             artifact.retire(folder)
 
     @contextlib.contextmanager

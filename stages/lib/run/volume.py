@@ -215,6 +215,11 @@ def amount(count: int) -> str:
     return f"{count} bytes"
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Refuse to begin what cannot be finished.
 
@@ -224,9 +229,8 @@ def check_room(folder: Path, needed: int) -> None:
     Raises:
         CannotWrite: its disk has less than `needed` bytes free.
     """
-    there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
-    disk = shutil.disk_usage(there) if there else None
-    if disk and disk.total and disk.free < needed:  # a mount that cannot tell says 0 of 0
+    disk = shutil.disk_usage(nearest(folder))
+    if disk.total and disk.free < needed:  # a mount that cannot tell says 0 of 0
         raise CannotWrite(
             f"{folder} has {amount(disk.free)} free, {amount(needed)} are needed; make room, or choose "
             "another RUN_DIR"

@@ -2,15 +2,14 @@
 
 import contextlib
 import faulthandler
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from stages.lib.run.exits import StageError, TryAgain
-
-LastWords = Callable[[StageError], int]
+from stages.lib.run import preemption
+from stages.lib.run.exits import TryAgain
+from stages.lib.run.preemption import LastWords
 
 FILE = "stacks.txt"
 # Before a loop's first sign, and between two loops: libraries, downloads, loading, compiling, a proof.
@@ -67,16 +66,10 @@ def _end(minutes: float, folder: Path, report: LastWords) -> None:
         f"{folder / FILE}; the same command goes on"
     )
 
-    codes = [error.exit_code]
-
-    def record() -> None:
+    def record() -> int:
         faulthandler.dump_traceback(sys.stderr)
         with contextlib.suppress(OSError), (folder / FILE).open("w") as file:
             faulthandler.dump_traceback(file)
-        codes.append(report(error))
+        return report(error)
 
-    # What hangs may be the very disk that is written to.
-    recorder = threading.Thread(target=record, daemon=True)
-    recorder.start()
-    recorder.join(RECORD_SECONDS)
-    os._exit(codes[-1])
+    preemption.leave(record, error.exit_code, RECORD_SECONDS)
