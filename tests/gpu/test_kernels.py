@@ -229,6 +229,27 @@ def test_first_factors_are_those_of_the_cpu(count: int, rank: int, width: int, p
     assert error(alone, wanted) < most
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.1])
+def test_compiled_first_factors_have_the_gradients_of_eager_ones(p: float) -> None:
+    """A compiled graph hands numbers over in another width than a launch from Python."""
+    torch.manual_seed(0)
+    x = torch.randn(96, 256, device=PLACE, dtype=torch.bfloat16, requires_grad=True)
+    factors = torch.randn(16, 256, device=PLACE, requires_grad=True)
+    upstream = torch.randn(96, 16, device=PLACE, dtype=torch.bfloat16)
+    seeds = torch.tensor([7], dtype=torch.int32, device=PLACE)
+
+    def lows(x: torch.Tensor, factors: torch.Tensor) -> Any:
+        return low_rank.Down.apply(x, factors, seeds, p, 1.0)
+
+    for compute in (lows, torch.compile(lows, fullgraph=True)):
+        found = compute(x, factors)
+        sides = (found, *torch.autograd.grad(found, (x, factors), upstream))
+        if compute is lows:
+            wanted = sides
+    for one, other in zip(sides, wanted, strict=True):
+        assert error(one, other) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "rank"), [(301, 344, 8), (1500, 256, 40), (300, 640, 64), (300, 640, 256)]
 )

@@ -1,7 +1,8 @@
 """Triton kernels of the adapters' first factors: their input is read once, and no dropped copy of it is made.
 
 `count` adapters read one input. What drops an element is `stages.lib.model.dropout`'s, its hashes of rows and
-columns come as tables, int32 [2, count, rows] and [columns].
+columns come as tables, int32 [2, count, rows] and [columns]. A compiled graph hands a kernel its `scale` in
+fp64, of which PTX would read the lower half as fp32: so each kernel casts it first.
 """
 
 import torch
@@ -72,6 +73,7 @@ def _down_kernel(
     wide: tl.constexpr,
 ):  # fmt: skip
     """`tall` rows of the input times every factor."""
+    scale = tl.cast(scale, tl.float32)
     m = (tl.program_id(0) * tall + tl.arange(0, tall))[:, None]
     r = tl.arange(0, padded)[None, :]
     start = m.to(tl.int64)
@@ -107,6 +109,7 @@ def _factor_kernel(
     tall: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `wide` columns of every factor, summed over one part of the rows."""
+    scale = tl.cast(scale, tl.float32)
     c = (tl.program_id(0) * wide + tl.arange(0, wide))[None, :]
     r = tl.arange(0, padded)[:, None]
     begin = tl.program_id(1) * part
@@ -143,6 +146,7 @@ def _input_kernel(
     tall: tl.constexpr, wide: tl.constexpr, tiles: tl.constexpr, based: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `tiles` tiles of the input, added to what `base` has of it, if there is one."""
+    scale = tl.cast(scale, tl.float32)
     m = (tl.program_id(0) * tall + tl.arange(0, tall))[:, None]
     r = tl.arange(0, padded)
     start = m.to(tl.int64)
