@@ -112,7 +112,7 @@ class Draft:
         retire(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            volume.patiently(lambda: volume.write(self.path / DRAFT, made_from))
+            volume.patiently(lambda: volume.write(self.path / DRAFT, made_from, replace=True))
         except OSError:
             with contextlib.suppress(OSError):
                 self.path.rmdir()

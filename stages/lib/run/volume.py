@@ -108,8 +108,10 @@ def stream(target: Path) -> Iterator[Stream]:
     set_mode(target)
 
 
-def write(target: Path, content: bytes) -> None:
-    """Write a new small file."""
+def write(target: Path, content: bytes, replace: bool = False) -> None:
+    """Write a small file; a new one, unless it may `replace` another."""
+    if replace:
+        target.unlink(missing_ok=True)  # a bucket's mount may show again what was removed
     with _new(target) as file:
         file.write(content)
         flush(file)
