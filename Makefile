@@ -82,7 +82,7 @@ docker-push: ## Push the image
 
 test: .venv/test ## Run the tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile
-test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; an hour
+test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; half an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
 check: .venv/test ## Lint, types, Dockerfile
