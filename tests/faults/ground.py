@@ -129,8 +129,8 @@ class Ground:
             self._keep(name)
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.copytree(self._kept(name), self.run_dir)
-        for left in (self.folder / "scratch").iterdir():
-            shutil.rmtree(left)
+        shutil.rmtree(self.folder / "scratch")  # a killed command may have left folders and files
+        (self.folder / "scratch").mkdir()
 
     def _kept(self, name: str) -> Path:
         return self.folder / "states" / name

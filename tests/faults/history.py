@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from tests.faults.ground import SCENARIOS, Ground, checkpoints, lost
-from tests.faults.judging import FAILURES
+from tests.faults.judging import FAILURES, fewer, noting
 from tests.forking import Result
 
 TRAIN = SCENARIOS["train"]
@@ -78,7 +78,10 @@ def machine(ground: Ground, happened: list[str]) -> type[RuleBasedStateMachine]:
             """Killed, told to stop, on a bad volume or a full disk."""
             how, code = FAILURES[failure]
             self.note(failure)
-            result = ground.run(TRAIN, f"{place[0]}={place[1]}{how}")
+            point, arrival = place
+            result = ground.run(TRAIN, noting(point, f"{point}={arrival}{how}"))
+            there = checkpoints(ground.run_dir, damaged=True)
+            assert not list(fewer(self.verified, there, result))
             self.judge(result, code)
             if failure.startswith("EIO"):
                 self.hiccups += result.returncode == code

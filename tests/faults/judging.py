@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tests.faults.ground import SCENARIOS, STEPS, Ground, Scenario, checkpoints, lost
 from tests.forking import Result
@@ -92,14 +93,25 @@ def _left_behind(ground: Ground, fault: Fault, result: Result) -> Iterator[str]:
             yield "scratch is not empty"
 
 
+def noting(point: str, armed: str) -> str:
+    """A failure at a point, and a note of every checkpoint that is saved, for `fewer`."""
+    return armed if point == "checkpoint.saved" else f"{armed},checkpoint.saved=1+:note"
+
+
+def fewer(before: dict[int, Any], there: dict[int, Any], result: Result) -> Iterator[str]:
+    """Whether a command that saved checkpoints beyond those before has not left the last of them."""
+    saved = result.stderr.count("failpoint checkpoint.saved\n")
+    if max(there, default=0) < max(before, default=0) + saved:
+        yield f"{saved} checkpoints were saved, and {list(there)} are there"
+
+
 def try_fault(ground: Ground, fault: Fault) -> list[str]:
     """Have a command fail, look at what it left, and give it again; what is not as promised."""
     scenario = SCENARIOS[fault.scenario]
     ground.trace(fault.scenario)
     ground.restore(scenario.start)
     before = checkpoints(ground.run_dir)
-    noted = "" if fault.point == "checkpoint.saved" else ",checkpoint.saved=1+:note"
-    result = ground.run(scenario, fault.armed + noted)
+    result = ground.run(scenario, noting(fault.point, fault.armed))
     try:
         wrong = list(_after(ground, fault, before, result))
         wrong += _again(ground, scenario)
@@ -123,9 +135,7 @@ def _after(
     there = checkpoints(ground.run_dir)
     if gone := lost(before, there):
         yield f"checkpoints {gone} are gone"
-    saved = result.stderr.count("failpoint checkpoint.saved\n")
-    if max(there, default=0) < max(before, default=0) + saved:
-        yield f"{saved} checkpoints were saved, and {list(there)} are there"
+    yield from fewer(before, there, result)
 
 
 def _again(ground: Ground, scenario: Scenario) -> Iterator[str]:

@@ -9,7 +9,7 @@ from tests.faults.history import try_runs
 
 
 @pytest.mark.sweep
-@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.promise("P1", "P2", "P3", "P4")
 @pytest.mark.case("A10", "A11", "A12", "A14", "A20", "A21", "A22")
 def test_whatever_happens_it_ends_well(
     ground: Ground, record_property: Callable[[str, object], None]
