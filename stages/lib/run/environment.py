@@ -261,8 +261,8 @@ def hosts() -> Hosts:
         BadSetting: it says how many, and not where the first one is.
     """
     for count, number, address in SCHEDULERS:
-        if int(os.environ.get(count) or 1) > 1:
-            index = int(os.environ.get(number) or 0)
+        if int(os.environ.get(count) or 1) > 1 and os.environ.get(number):
+            index = int(os.environ[number])
             first = os.environ.get("MASTER_ADDR") or os.environ.get(address, "")
             first = first_host(first) or ("" if index else socket.gethostname())
             if not first:
