@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from stages import __version__
-from stages.lib.run import environment, redaction, settings
+from stages.lib.run import environment, redaction, settings, several
 from stages.lib.run.exits import Reported
 
 
@@ -54,7 +54,8 @@ def main() -> None:
     """Run a command and exit with its code."""
     _register()
     redaction.guard_streams()
-    with Reported(redaction.said) as outcome:
+    outcome = Reported(redaction.said, several.leave)
+    with several.ending(outcome), outcome:
         stages.main(prog_name="python -m stages", standalone_mode=False, obj=outcome)
 
 

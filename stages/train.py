@@ -7,6 +7,7 @@ reads it, its tokenizer and prompt format, and the last adapter in `last/`; loss
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -98,6 +99,10 @@ from stages.lib.run.versions import versions
     "instead; auto does what memory asks for.",
 )  # fmt: skip
 @options.seed
+@setting(
+    "--num-gpus", "NUM_GPUS", type=Number(int, low=1), default=1, identity=False,
+    help="GPUs of this host that share each step's tokens; on the CPU, processes.",
+)  # fmt: skip
 @options.expect_gpu
 @run_options
 @click.pass_context
@@ -105,7 +110,7 @@ def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    expect_gpu: bool, **recipe: object,
+    num_gpus: int, expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
@@ -114,7 +119,7 @@ def train(
     from stages.lib.model.base import Base
     from stages.lib.report import card
     from stages.lib.report.table import table
-    from stages.lib.run import checkpoints, gpu, preflight
+    from stages.lib.run import checkpoints, gpu, preflight, several
     from stages.lib.run.artifact import sha256
     from stages.lib.run.checks import enforce
 
@@ -130,18 +135,25 @@ def train(
     if run.finished("adapter", inputs, replace=False):
         return
     gpu.require(base_precision, expect_gpu)
-    with run.work() as scratch:
-        base.fetch(weights=False)
+    if several.start(run, num_gpus):
+        return
+
+    from stages.lib.model.ranks import Ranks
+
+    ranks = Ranks(ctx.obj.rank, ctx.obj.last_words)
+    with several.work(run) as scratch:
+        ranks.after_first(partial(base.fetch, weights=False))
         setup = Setup(base_precision, rank, targets, str(recipe["optimizer"]))
         enforce(preflight.room(storing.needs(run.folder, scratch, base.config, setup)))
-        base.fetch(verify=run.deep)
+        ranks.after_first(partial(base.fetch, verify=run.deep))
         inputs["base"] = base.identity()
         run.check_made_from(data, "base", base.identity())
-        resumed = checkpoints.newest(run, inputs)
+        resumed = ranks.of_first(lambda: checkpoints.newest(run, inputs))
         names = [source["name"] for source in data.metrics["sources"]]
         rows, held_out = (prepared.Part(data.path / f"{p}.arrow", names) for p in prepared.PARTS)
         longest = int(rows.lengths.max())
-        bins.check_sizes(batch_tokens, micro_batch_tokens, longest)
+        if not resumed:
+            bins.check_sizes(batch_tokens, micro_batch_tokens, longest, ranks.count)
 
         import numpy as np
 
@@ -152,13 +164,13 @@ def train(
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
-        cuts = memory.sizes(batch_tokens, longest, micro_batch_tokens)
+        cuts = memory.sizes(batch_tokens, longest, micro_batch_tokens, ranks.count)
         if resumed:
             setup = replace(setup, precision=resumed.metrics["base_precision"])
         elif base_precision == "auto":
-            setup = replace(
-                setup, precision=memory.precision(load.config(base), setup, cuts, recompute)
-            )
+            config = load.config(base)
+            found = ranks.of_first(lambda: memory.precision(config, setup, cuts, recompute))
+            setup = replace(setup, precision=found)
         model = load.load(base, setup.precision)
         matmul = ceiling.highest(setup.precision)
         if init_adapter:
@@ -168,6 +180,7 @@ def train(
         lengths = np.concatenate([rows.lengths, held_out.lengths])
         cut = Choice.kept(resumed.metrics) if resumed else None
         quick, choice = memory.prepare(tuned, setup, lengths, cuts, recompute, cut)
+        choice = memory.alike(ranks, quick, lengths, choice)
         shape, size = quick.shape(lengths, choice.tokens), choice.tokens
         plan = bins.Schedule(rows.lengths, size, batch_tokens // size, epochs, max_steps, seed)
         facts = choice.facts() | {"base_precision": setup.precision}
@@ -175,7 +188,11 @@ def train(
             quick, plan, rows, held_out, shape, scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
+            ranks=ranks,
         )  # fmt: skip
+        ranks.close()
+        if not ranks.first:
+            return
         best, last = checkpoints.finished(run.folder, plan.steps)
         out = scratch / "adapter"
         adapter.assemble(best.path, last.path, out)
@@ -191,9 +208,10 @@ def train(
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
             "adapter_b_norm": math.hypot(*alive["b_norms"].values()),
             "health": alive,
+            "gpus": ranks.count,
             "predicted_gpu_bytes": choice.memory and choice.memory.total,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
-            "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul),
+            "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul, ranks.count),
         }  # fmt: skip
         trained = [(run.manifest(inputs, metrics), 1.0)]
         about = card.Made(

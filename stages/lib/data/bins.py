@@ -43,8 +43,11 @@ def pack(lengths: Ints, capacity: int, generator: np.random.Generator) -> list[I
     return [np.array(bins[i], dtype=np.int64) for i in generator.permutation(len(bins))]
 
 
-def check_sizes(batch_tokens: int, bin_tokens: int | None, longest: int) -> None:
-    """Refuse a bin that does not divide a step, or is shorter than the longest row.
+def check_sizes(batch_tokens: int, bin_tokens: int | None, longest: int, sharing: int = 1) -> None:
+    """Refuse a bin that does not divide a step, is shorter than the longest row, or leaves a GPU without any.
+
+    Args:
+        sharing: the GPUs that share a step.
 
     Raises:
         BadSetting: so it is.
@@ -57,6 +60,12 @@ def check_sizes(batch_tokens: int, bin_tokens: int | None, longest: int) -> None
     if batch_tokens % size:
         raise BadSetting(
             f"BATCH_TOKENS {batch_tokens} is no multiple of MICRO_BATCH_TOKENS {size}; make it one"
+        )
+    least = sharing * (bin_tokens or longest)
+    if sharing > 1 and batch_tokens < least:
+        raise BadSetting(
+            f"BATCH_TOKENS {batch_tokens} has no pass of {bin_tokens or longest} tokens for each of {sharing} "
+            f"GPUs; raise it to {least} at the least, or lower MICRO_BATCH_TOKENS, MAX_LENGTH or NUM_GPUS"
         )
 
 

@@ -9,12 +9,14 @@ import torch
 
 from stages.lib.model import health
 from stages.lib.model.loss import Plan, Rows, Shape, lay_out, pinned
+from stages.lib.model.ranks import Ranks
 
 
 class Bins(torch.utils.data.Dataset[dict[str, Any]]):
     """The run's bins as batches; each knows its step, its place there, and the step's learned tokens.
 
-    A thread lays out the next step's bins while this one's are computed, where the GPU can fetch them.
+    A thread lays out the next step's bins while this one's are computed, where the GPU can fetch them. Each of
+    several processes has as many slots a step: what does not divide leaves the last ones empty, with no `bin`.
 
     Args:
         shape: see `train`. operations: of rows with these lengths and so many learned tokens.
@@ -26,17 +28,20 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
         rows: Rows,
         shape: Shape | None,
         operations: Callable[[list[int], int], int],
+        ranks: Ranks,
     ) -> None:
+        self.ranks, self.slots = ranks, -(-plan.bins_per_step // ranks.count)
         self.plan, self.rows, self.shape, self.operations = plan, rows, shape, operations
         self._step_tokens: tuple[int, int] = (-1, 0)
         self._ahead: dict[int, Future[dict[str, Any]]] = {}
         self._thread = ThreadPoolExecutor(1, "bins")
 
     def __len__(self) -> int:
-        return self.plan.total_bins
+        before = self.plan.steps - 1
+        return before * self.slots + -(-len(self.plan.step(before)) // self.ranks.count)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        wanted = range(number, min(number + self.plan.bins_per_step + 1, len(self)))
+        wanted = range(number, min(number + self.slots + 1, len(self)))
         for near in wanted:
             if near not in self._ahead:
                 self._ahead[near] = self._thread.submit(self._lay_out, near)
@@ -45,9 +50,13 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
         return self._ahead.pop(number).result()
 
     def _lay_out(self, number: int) -> dict[str, Any]:
-        step, place = divmod(number, self.plan.bins_per_step)
-        batch = lay_out([self.rows[row] for row in self.plan.rows(number)], self.shape)
-        facts = {"step": step, "bin": place, "step_tokens": self._tokens(step)}
+        step, slot = divmod(number, self.slots)
+        bins = self.plan.step(step)
+        place = slot * self.ranks.count + self.ranks.number
+        facts = {"step": step, "slot": slot, "bin": place, "step_tokens": self._tokens(step)}
+        if place >= len(bins):
+            return facts | {"bin": None, "tells": False}
+        batch = lay_out([self.rows[row] for row in self.plan.rows(bins[place])], self.shape)
         return pinned(batch) | facts | {"tells": health.tells(batch)}
 
     def _tokens(self, step: int) -> int:

@@ -55,6 +55,6 @@ def highest(precision: str) -> float | None:
     return 2 * SIDE**3 * TURN / best
 
 
-def share(rate: float | None, ceiling: float | None) -> float | None:
-    """Of the ceiling, where both are known."""
-    return round(rate / ceiling, 4) if rate and ceiling else None
+def share(rate: float | None, ceiling: float | None, gpus: int = 1) -> float | None:
+    """Of the ceiling of so many GPUs, where both are known."""
+    return round(rate / ceiling / gpus, 4) if rate and ceiling else None

@@ -70,7 +70,7 @@ class FirstGradients:
 
     def look(self, batch: dict[str, Any]) -> None:
         """Be told of a bin before its forward pass."""
-        if batch["bin"] == 0:
+        if batch["slot"] == 0:
             self.told, self.fed = False, set(self.factors) if self.quick else set()
         self.told |= batch["tells"]
         self.tokens = batch["input_ids"].numel() if batch["tells"] else 0

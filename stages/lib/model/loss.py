@@ -136,10 +136,12 @@ def mean_nll(
     bins: Iterable[Sequence[Row]],
     after_bin: Callable[[int], None] = lambda tokens: None,
     shape: Shape | None = None,
+    whole: Callable[[float, float], tuple[float, float]] = lambda total, count: (total, count),
 ) -> float:
     """Mean negative log-likelihood of a learned token over bins of rows, in nats; only sums are kept.
 
-    `after_bin` is told how many tokens each bin had; `shape` is for a quick model.
+    `after_bin` is told how many tokens each bin had; `shape` is for a quick model; `whole` makes the sums of
+    all processes from those of this one.
     """
     was_training = model.training
     model.eval()
@@ -156,7 +158,8 @@ def mean_nll(
             count += len(batch["targets"])
         after_bin(batch["input_ids"].numel())
     model.train(was_training)
-    return float(total / max(count, 1))
+    found, learned = whole(float(total), count)
+    return found / max(learned, 1)
 
 
 def held_out_bins(

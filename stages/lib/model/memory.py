@@ -14,6 +14,7 @@ from stages.lib.model.loss import Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Unpinned
 from stages.lib.model.plan import Choice
 from stages.lib.model.quick import Quick
+from stages.lib.model.ranks import Ranks
 from stages.lib.run import gpu
 from stages.lib.run.exits import OutOfMemory
 from stages.lib.run.progress import say
@@ -31,14 +32,18 @@ def room() -> int:
     return int(SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
 
 
-def sizes(batch_tokens: int, longest: int, wanted: int | None) -> list[int]:
+def sizes(batch_tokens: int, longest: int, wanted: int | None, sharing: int = 1) -> list[int]:
     """Tokens of a forward pass that divide a step, from the largest; at most twice as far apart as need be.
 
     Args:
         batch_tokens: of an optimizer step. longest: of the longest row. wanted: the size, if it was set.
+        sharing: the processes that share a step, each of which gets as many passes, if that can be.
     """
     most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
-    divisors = [d for d in range(batch_tokens, longest - 1, -1) if batch_tokens % d == 0]
+    divisors = [d for d in range(batch_tokens // sharing, longest - 1, -1) if batch_tokens % d == 0]
+    divisors = (
+        [d for d in divisors if batch_tokens // d % sharing == 0] or divisors or [batch_tokens]
+    )
     found: list[int] = []
     for divisor in [wanted] if wanted else [d for d in divisors if d <= most] or divisors[-1:]:
         if not found or divisor <= found[-1] / 2:
@@ -96,6 +101,16 @@ def prepare(
         say(remark)
     found = [cut] if cut else _candidates(quick, shape, setup, cuts, recompute)
     return quick, fit(quick, lengths, found)
+
+
+def alike(ranks: Ranks, quick: Quick, lengths: Ints, choice: Choice) -> Choice:
+    """What the first process chose, in all of them; the model is left as that wants it.
+
+    Raises:
+        OutOfMemory: it does not fit this GPU.
+    """
+    found = ranks.of_first(lambda: choice)
+    return choice if found == choice else fit(quick, lengths, [found])
 
 
 def _candidates(

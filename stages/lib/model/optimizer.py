@@ -17,9 +17,12 @@ class Flat:
     Args:
         parameters: of one type, on one device. longest: norm to which a longer gradient is cut.
         loss: the loss that the gradient is of, a scalar on the device.
+        beside: numbers that lie behind the gradient in one tensor, so that one sum over processes serves both.
+        summed: called when the gradient is there, and what lies beside it may be written.
 
     Attributes:
         parameter: [all elements], what an optimizer steps.
+        buffer: [all elements + beside], the gradient and what lies `beside` it.
         norm: scalar, of the last gradient, before it was cut.
         sound: scalar, bool: all losses and gradients so far were finite.
     """
@@ -29,11 +32,15 @@ class Flat:
         parameters: Sequence[nn.Parameter],
         longest: float,
         loss: Callable[[], torch.Tensor] | None = None,
+        beside: int = 0,
+        summed: Callable[[], None] | None = None,
     ) -> None:
+        self.summed = summed
         self.parts, self.longest, self.loss = list(parameters), longest, loss
         sizes = [part.numel() for part in self.parts]
         self.parameter = nn.Parameter(torch.cat([part.detach().flatten() for part in self.parts]))
-        self.gradient = torch.zeros_like(self.parameter)
+        self.buffer = self.parameter.detach().new_zeros(self.parameter.numel() + beside)
+        self.gradient, self.beside = self.buffer.split([self.parameter.numel(), beside])
         self.norm = self.gradient.new_zeros(())
         self.sound = torch.ones_like(self.norm, dtype=torch.bool)
         self._before: dict[str, torch.Tensor] | None = None
@@ -57,8 +64,15 @@ class Flat:
         """Bring the parts' gradients together and cut them."""
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parts]
         torch._foreach_copy_(self._gradients, found)
+        if self.summed:
+            self.summed()
         self.parameter.grad = self.gradient
         self.norm = nn.utils.clip_grad_norm_(self.parameter, self.longest)
+
+    def spread(self) -> None:
+        """Bring back to the parts what `summed` made of their gradients, before it is cut."""
+        for part, whole in zip(self.parts, self._gradients, strict=True):
+            part.grad = whole.clone()
 
     def _begin(self, optimizer: Any, *_: Any) -> None:
         self.gather()

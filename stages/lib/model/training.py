@@ -1,7 +1,7 @@
 """The training loop: Hugging Face's Trainer, fed with bins, on losses averaged by learned tokens."""
 
+import contextlib
 import functools
-import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, health, history, load, shortage
+from stages.lib.model import adapter, health, history, shortage
 from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
+from stages.lib.model.ranks import Lost, Ranks
+from stages.lib.model.recipe import arguments, learning_rate
 from stages.lib.run import checkpoints, failpoints, preemption, watchdog
 from stages.lib.run.exits import BadData, Diverged, TryAgain
 from stages.lib.run.progress import Progress, say
@@ -45,11 +47,12 @@ class LoraTrainer(Trainer):
         rate: Callable[[int, int], float],
         longest_gradient: float,
         first: health.FirstGradients,
+        ranks: Ranks,
     ) -> None:
         # transformers before 5.20 takes a loss function, too, as the sign that the loss is scaled.
         super().__init__(model=quick.tuned, args=arguments, compute_loss_func=nll_sum)
         self.quick, self.bins, self.held_out, self.rate = quick, bins, held_out, rate
-        self.longest_gradient, self.first = longest_gradient, first
+        self.longest_gradient, self.first, self.ranks = longest_gradient, first, ranks
         self.step_loss: torch.Tensor
         self.shares: list[torch.Tensor] = []  # each bin's of it
 
@@ -65,12 +68,34 @@ class LoraTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, on the adapter as one tensor."""
         parameters = adapter.trainable(self.model)
-        self.flat = Flat(parameters, self.longest_gradient, lambda: self.step_loss)
+        several = self.ranks.count > 1
+        self.flat = Flat(
+            parameters, self.longest_gradient, lambda: self.step_loss,
+            beside=self.bins.plan.bins_per_step if several else 0, summed=self._sum if several else None,
+        )  # fmt: skip
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
         self.optimizer = unhurried(kind)([self.flat.parameter], **options)
         self.flat.guard(self.optimizer)
         return self.optimizer
+
+    def _sum(self) -> None:
+        """The step's gradient, and its bins' shares of the loss, from those of all processes.
+
+        Raises:
+            Stopped: one of them was asked to stop; the step is not taken. Lost: one is gone.
+        """
+        self.ranks.agree()
+        shares = self.flat.beside.zero_()
+        if self.shares:
+            shares[self.ranks.number :: self.ranks.count][: len(self.shares)] = torch.stack(
+                self.shares
+            )
+        self.ranks.sum(self.flat.buffer)
+        self.shares = list(shares[: len(self.bins.plan.step(self.state.global_step))])
+        self.step_loss = torch.stack(self.shares).sum()
+        if not self.first.record:
+            self.flat.spread()
 
     def numbers(self) -> torch.Tensor:
         """On the device: the last step's loss in nats, its gradient's norm, and its bins' shares of the loss.
@@ -108,16 +133,20 @@ class LoraTrainer(Trainer):
     ) -> torch.Tensor:
         """The bin's share of the step's mean loss; dropout depends on (seed, step, bin) alone."""
         failpoints.reach("train.bin")
-        preemption.check()
+        self.ranks.check()
         watchdog.alive()
         self.first.look(inputs)
+        if not inputs["slot"]:
+            self.shares, self.step_loss = [], self.flat.norm.new_zeros(())
+        if inputs["bin"] is None:
+            return self.flat.parts[0].sum() * 0
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)  # for a base that has dropout of its own
         self.quick.seed.fill_(seed % 2**31)
         loss = nll_sum(model, inputs) / max(inputs["step_tokens"], 1)
-        self.shares = [*(self.shares if inputs["bin"] else ()), loss.detach()]
-        self.step_loss = loss.detach() + (self.step_loss if inputs["bin"] else 0)
+        self.shares.append(loss.detach())
+        self.step_loss = self.step_loss + loss.detach()
         return loss
 
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
@@ -126,10 +155,22 @@ class LoraTrainer(Trainer):
         share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
         limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
         bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
-        rows = ([self.held_out[row] for row in b] for b in bins)
-        loss = mean_nll(self.model, self.quick.precision, rows, shape=self.bins.shape)
+        rows = ([self.held_out[row] for row in bins[b]] for b in self.ranks.mine(len(bins)))
+        with self.ranks.stopping():
+            loss = mean_nll(
+                self.model,
+                self.quick.precision,
+                rows,
+                shape=self.bins.shape,
+                whole=self.ranks.agree,
+            )
         self.log({"eval_loss": loss})
         return {"eval_loss": loss}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The first process does."""
+        if self.ranks.first:
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the adapter; Trainer's own way adds a pickle of the arguments, secrets and all.
@@ -145,51 +186,6 @@ class LoraTrainer(Trainer):
         adapter.save(self.model, Path(str(output_dir)))
 
 
-def learning_rate(schedule: str, warmup: float, done: int, steps: int) -> float:
-    """The share of the peak learning rate that the next step has.
-
-    Args:
-        schedule: `cosine` or `linear`, to 0 behind the last step, or `constant`. warmup: share of the steps.
-        done: steps that are behind.
-    """
-    rising = math.ceil(warmup * steps)
-    if done < rising:
-        return (done + 1) / rising
-    left = max(steps - done, 0) / max(steps - rising, 1)
-    return {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[
-        schedule
-    ]
-
-
-def arguments(scratch: Path, plan: Plan, precision: str, **given: Any) -> TrainingArguments:
-    """Trainer's arguments from our settings.
-
-    Saving, evaluating and logging are the callback's, and gradients are cut in the optimizer: where Trainer
-    does it, the host waits for the GPU.
-    """
-    found = TrainingArguments(
-        output_dir=str(scratch),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=plan.bins_per_step,
-        num_train_epochs=1,  # of `Bins`, which holds the whole run
-        learning_rate=given["learning_rate"],
-        max_grad_norm=0,
-        weight_decay=given["weight_decay"],
-        optim=given["optimizer"],
-        seed=given["seed"],
-        bf16=precision != "fp32",
-        use_cpu=load.device().type == "cpu",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    found._n_gpu = min(found.n_gpu, 1)  # else Trainer splits a batch over all GPUs that it sees
-    return found
-
-
 def train(
     quick: Quick,
     plan: Plan,
@@ -201,6 +197,7 @@ def train(
     *,
     resume: Path | None,
     saved: Callable[[Path, int, float | None], None],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Run all steps of a plan, from the beginning or from a checkpoint.
 
@@ -209,6 +206,7 @@ def train(
         recipe: seed, learning_rate, schedule, warmup, max_grad_norm, weight_decay, optimizer.
         resume: a local copy of a checkpoint.
         saved: told of every checkpoint: its folder, its step, and its held-out loss in nats, if measured.
+        ranks: the processes that share each step's bins; of them the first alone has checkpoints.
 
     Returns:
         What this attempt measured, see `Pace`.
@@ -224,15 +222,26 @@ def train(
         return {}  # Trainer would take one more step
     known = history.first_gradients(resume) if resume else None
     first = health.FirstGradients(quick.tuned, quick.packed, known)
-    bins = Bins(plan, rows, shape, counter(quick.tuned))
+    ranks = ranks or Ranks()
+    if ranks.count > plan.bins_per_step:
+        say(
+            f"a step of this run is {plan.bins_per_step} passes: of {ranks.count} GPUs the others are idle"
+        )
+    bins = Bins(plan, rows, shape, counter(quick.tuned), ranks)
     rate = functools.partial(learning_rate, recipe["schedule"], recipe["warmup"])
-    given = arguments(scratch, plan, quick.precision, **recipe)
-    trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"], first)
+    given = arguments(scratch, bins.slots, quick.precision, **recipe)
+    trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"], first, ranks)
     trainer.remove_callback(PrinterCallback)
     with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
         words = quick.tuned.config.vocab_size
         conduct = Conduct(
-            bins, len(held_out) > 0, saved, progress, trainer.numbers, first.judge, words
+            bins,
+            len(held_out) > 0,
+            saved if ranks.first else _not_saved,
+            progress,
+            trainer.numbers,
+            first.judge,
+            words,
         )
         trainer.add_callback(conduct)
         doing = functools.partial(trainer.doing, rows)
@@ -245,10 +254,19 @@ def train(
                 f"a file of the checkpoint after step {done} holds more than numbers, and was not run "
                 f"({str(error).splitlines()[0]}): this program did not make it; remove that checkpoint"
             ) from error
+        except Lost:
+            raise  # what the GPU does may never end
         except TryAgain:
             _keep(trainer, conduct)
+            with contextlib.suppress(Lost):
+                ranks.wait()
             raise
+    ranks.check_same(trainer.flat.parameter)
     return conduct.pace.metrics()
+
+
+def _not_saved(folder: Path, step: int, loss: float | None) -> None:
+    """In a process that has no checkpoints."""
 
 
 def _keep(trainer: LoraTrainer, conduct: Conduct) -> None:

@@ -4,11 +4,13 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
 from stages.lib.run.exits import BadSetting, CannotWrite
+from stages.lib.run.rank import Hosts, Rank, first_host
 
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
@@ -17,6 +19,19 @@ SECRETS_FILE = "secrets.env"
 # Of which each may hold USER:PASSWORD@.
 ADDRESSES = (
     "DATASET", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy",
+)  # fmt: skip
+# What torchrun says to each process, and what `several` says beside it.
+LAUNCHED = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE", "STAGES_ENDS", "STAGES_PARENT",
+)  # fmt: skip
+# By scheduler: how many hosts there are, which this is, and where the first one is reached.
+SCHEDULERS = (
+    ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR"),  # Kubeflow's TrainJob, and torchrun itself
+    ("AWS_BATCH_JOB_NUM_NODES", "AWS_BATCH_JOB_NODE_INDEX", "AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"),
+    ("SLURM_STEP_NUM_NODES", "SLURM_NODEID", "SLURM_STEP_NODELIST"),
+    ("NNODES", "JOB_COMPLETION_INDEX", "MASTER_ADDR"),  # JobSet, whose spec names the first two
+    ("NNODES", "NODE_RANK", "MASTER_ADDR"),
 )  # fmt: skip
 OPENER = re.compile(r"://([^\s/?#@]+:[^\s/?#]+)@")
 
@@ -206,3 +221,54 @@ def quiet_libraries() -> None:
 
         warnings.filterwarnings("ignore", module="transformers", category=FutureWarning)
         warnings.filterwarnings("ignore", module="huggingface_hub")
+
+
+def take_rank() -> Rank | None:
+    """The rank that a launcher gave this process, if one did; from here on the process sees one GPU.
+
+    The variables go: Trainer and accelerate would wrap the model in a DDP of their own, and average.
+    """
+    given = {name: os.environ.get(name, "") for name in LAUNCHED}
+    if not given["LOCAL_RANK"] or int(given["WORLD_SIZE"] or 1) < 2:
+        return None
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    local, seen = int(given["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen is not None else []
+    if seen is None or len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            gpus[local] if local < len(gpus) else "" if gpus else str(local)
+        )
+    return Rank(
+        int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["LOCAL_WORLD_SIZE"] or 1),
+        given["MASTER_ADDR"] or "localhost", int(given["MASTER_PORT"] or 29500),
+        given["TORCHELASTIC_USE_AGENT_STORE"] == "True",
+        Path(given["STAGES_ENDS"]) if given["STAGES_ENDS"] else None, int(given["STAGES_PARENT"] or 0),
+    )  # fmt: skip
+
+
+def for_ranks(folder: Path, near: int) -> dict[str, str]:
+    """The environment of what starts `near` ranks here; `folder`: where they leave their ends."""
+    threads = str(max((os.cpu_count() or 1) // near, 1))
+    own = {"STAGES_ENDS": str(folder), "STAGES_PARENT": str(os.getpid())}
+    return {"OMP_NUM_THREADS": threads} | os.environ | own
+
+
+def hosts() -> Hosts:
+    """The hosts of this job as its scheduler names them, in the spelling of the first one that does.
+
+    Raises:
+        BadSetting: it says how many, and not where the first one is.
+    """
+    for count, number, address in SCHEDULERS:
+        if int(os.environ.get(count) or 1) > 1 and os.environ.get(number):
+            index = int(os.environ[number])
+            first = os.environ.get("MASTER_ADDR") or os.environ.get(address, "")
+            first = first_host(first) or ("" if index else socket.gethostname())
+            if not first:
+                raise BadSetting(
+                    f"{count} is {os.environ[count]}, and nothing says where the first host is; set MASTER_ADDR"
+                )
+            port = os.environ.get("PET_MASTER_PORT") or os.environ.get("MASTER_PORT") or 29500
+            return Hosts(int(os.environ[count]), index, first, int(port))
+    return Hosts()

@@ -218,15 +218,16 @@ class Attempt(Protocol):
 class Reported:
     """Context manager round the whole program: what leaves it becomes an exit code and `error.json`.
 
-    The running command fills in `stage`, `run_dir` and `attempt`, so that a failure is recorded beside its run.
+    The running command fills in the rest, so that a failure is recorded beside its run, if `left` says so.
     """
 
     stage: str | None = None
     run_dir: Path | None = None
     attempt: Attempt | None = None
+    rank: Any = None  # see `several`
 
-    def __init__(self, said: Callable[[str], str] = str) -> None:
-        self.said = said
+    def __init__(self, said: Callable[[str], str] = str, left: Any = lambda *_: True) -> None:
+        self.said, self.left = said, left
 
     def __enter__(self) -> "Reported":
         return self
@@ -282,7 +283,8 @@ class Reported:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         } | getattr(known, "facts", {})
         notes.tell(TERMINATION_LOG, record, TERMINATION_BYTES)
-        if self.run_dir and self.run_dir.is_dir() and not isinstance(known, InUse):
+        beside = self.left(self.rank, record)
+        if beside and self.run_dir and self.run_dir.is_dir() and not isinstance(known, InUse):
             try:
                 notes.write(self.run_dir / ERROR, record)
             except OSError as cause:  # the volume may be the very thing that failed

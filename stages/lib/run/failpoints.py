@@ -1,8 +1,9 @@
 """Named points in the work at which a test makes it fail; inert unless FAILPOINTS is set.
 
 `FAILPOINTS="publish.file=3:kill, train.step=2:ENOSPC"`: what happens at the third and at the second arrival.
-Without a number it is the first one; with `+` behind it also every one after it. `note` says on standard error
-that a point was reached, and nothing happens: so a test learns what a command reaches.
+Without a number it is the first one; with `+` behind it also every one after it; with `@1` behind the action it
+is in that of several processes alone. `note` says on standard error that a point was reached, and nothing
+happens: so a test learns what a command reaches.
 """
 
 import errno
@@ -42,13 +43,13 @@ POINTS = {
     "train.evaluate": "before the held-out rows are read",
 }
 ACTIONS = ("kill", "term", "hang", "note")
-_FORM = re.compile(r"([a-z._]+)(?:=(\d+)(\+?))?:(\w+)")
+_FORM = re.compile(r"([a-z._]+)(?:=(\d+)(\+?))?:(\w+)(?:@(\d+))?")
 _armed: dict[str, tuple[int, bool, str]] = {}
 _reached: dict[str, int] = {}
 
 
-def arm() -> None:
-    """Read FAILPOINTS.
+def arm(rank: int = 0) -> None:
+    """Read FAILPOINTS; `rank`: of this process among several.
 
     Raises:
         BadSetting: it names a point or an action that is none.
@@ -65,7 +66,8 @@ def arm() -> None:
             raise BadSetting(
                 f"FAILPOINTS names {word!r}; an action is {', '.join(ACTIONS)} or an errno's name"
             )
-        _armed[form[1]] = (int(form[2] or 1), bool(form[3]), form[4])
+        if form[5] in (None, str(rank)):
+            _armed[form[1]] = (int(form[2] or 1), bool(form[3]), form[4])
 
 
 def reach(name: str) -> None:

@@ -31,23 +31,28 @@ _signalled = 0.0
 _deferred = 0
 _grace = GRACE_SECONDS
 _lost = False
+_patient = False
 _watch = threading.Event()
 
 
 def listen(
-    grace: float = GRACE_SECONDS, limit: float | None = None, last_words: LastWords | None = None
+    grace: float = GRACE_SECONDS,
+    limit: float | None = None,
+    last_words: LastWords | None = None,
+    patient: bool = False,
 ) -> None:
     """Take SIGTERM, SIGINT and SIGUSR1 as a request to stop; a later second one ends the process.
 
     Args:
         grace: seconds from the first request to the end. limit: seconds from now to the end.
         last_words: told of the end that is forced when these are over, and gives its code; without it none is.
+        patient: a second signal ends nothing, as torchrun sends one when a process has ended.
     """
-    global _deferred, _grace, _lost, _watch
+    global _deferred, _grace, _lost, _patient, _watch
     _watch.set()
     _reasons.clear()
     _signals.clear()
-    _deferred, _grace, _lost, _watch = 0, grace, False, threading.Event()
+    _deferred, _grace, _lost, _patient, _watch = 0, grace, False, patient, threading.Event()
     for number in SIGNALS:
         signal.signal(number, _note)
     signal.signal(WAKE, _wake)
@@ -100,7 +105,7 @@ def leave(report: Callable[[], int], code: int, seconds: float) -> NoReturn:
 def _note(number: int, frame: FrameType | None) -> None:
     global _signalled
     now = time.monotonic()
-    if _signals and now - _signalled > REPEAT_SECONDS:
+    if _signals and now - _signalled > REPEAT_SECONDS and not _patient:
         os._exit(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
     first = not _signals
     _signals.append(signal.Signals(number))

@@ -19,17 +19,18 @@ SHOWN = {
     "tokens": "tokens",
 }
 _stage = "stages"
+_silent = False
 
 
-def start(stage: str) -> None:
-    """Name the stage that speaks from now on."""
-    global _stage
-    _stage = stage
+def start(stage: str, silent: bool = False) -> None:
+    """Name the stage that speaks from now on; `silent`: another process does for this one."""
+    global _stage, _silent
+    _stage, _silent = stage, silent
 
 
 def on_terminal() -> bool:
-    """Whether a person is watching."""
-    return sys.stderr.isatty()
+    """Whether a person is watching this process."""
+    return sys.stderr.isatty() and not _silent
 
 
 def say(message: str) -> None:
@@ -41,6 +42,8 @@ def say(message: str) -> None:
 
 
 def _write(fields: dict[str, Any]) -> None:
+    if _silent:
+        return
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     print(json.dumps({"time": stamp, "stage": _stage} | fields), file=sys.stderr, flush=True)
 

@@ -79,18 +79,20 @@ class Stage(click.Command):
         outcome = ctx.obj
         outcome.stage = ctx.info_name
         outcome.run_dir = ctx.params.get("run_dir")
+        outcome.rank = environment.take_rank() if "num_gpus" in ctx.params else None
         preemption.listen(
             ctx.params.get("grace_seconds", preemption.GRACE_SECONDS),
             ctx.params.get("max_runtime"),
             outcome.last_words,
+            patient=outcome.rank is not None,
         )
         fetched.use(outcome.run_dir)
-        failpoints.arm()
+        failpoints.arm(outcome.rank.number if outcome.rank else 0)
         environment.have_home()
         environment.quiet_libraries()
         environment.settle()
         environment.keep_compiled()
-        progress.start(str(ctx.info_name))
+        progress.start(str(ctx.info_name), silent=bool(outcome.rank and outcome.rank.number))
         progress.say(announcement(ctx))
         try:
             return super().invoke(ctx)

@@ -203,7 +203,7 @@ def test_a_step_with_nothing_left_to_learn_is_passed_over(attach: Callable[..., 
     tuned = attach()
     first = health.FirstGradients(tuned, True, None)
     batch = lay_out([row(20)])
-    first.look(batch | {"bin": 0, "tells": health.tells(batch)})
+    first.look(batch | {"slot": 0, "tells": health.tells(batch)})
     for p in adapter.trainable(tuned):
         p.grad = torch.zeros_like(p)
     norms = first.norms()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.lib.data.bins import Schedule
-from stages.lib.model import load, training
+from stages.lib.model import load, recipe, training
 from stages.lib.model.loss import held_out_bins, lay_out, mean_nll, nll_sum
 from stages.lib.model.quick import Quick
 from stages.lib.run import checkpoints, preemption
@@ -344,7 +344,7 @@ def test_an_adapter_that_an_update_threw_out_of_range_is_not_saved(
 def test_every_step_has_a_learning_rate(schedule: str) -> None:
     """Trainer's own schedules give the first step of a warm-up none."""
     for steps in (1, 2, 10, 100):
-        rates = [training.learning_rate(schedule, 0.1, done, steps) for done in range(steps)]
+        rates = [recipe.learning_rate(schedule, 0.1, done, steps) for done in range(steps)]
         assert all(0 < rate <= 1 for rate in rates)
         assert max(rates) == 1
         peak = rates.index(1)
