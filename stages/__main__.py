@@ -37,6 +37,7 @@ def _register() -> None:
     from stages.prepare_data import prepare_data
     from stages.tools.chain import chain
     from stages.tools.chat import chat
+    from stages.tools.copy import copy
     from stages.tools.doctor import doctor
     from stages.tools.export import export
     from stages.tools.fetch import fetch
@@ -47,8 +48,8 @@ def _register() -> None:
     from stages.train import train
 
     for command in (
-        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain, job,
-        options,
+        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
+        job, copy, options,
     ):  # fmt: skip
         stages.add_command(command)
 
