@@ -50,7 +50,7 @@ submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit
+.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -108,6 +108,8 @@ test: .venv/test ## Run the tests
 test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge
+	.venv/bin/python -m tests.slurm
 check: .venv/test ## Lint, types, Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
