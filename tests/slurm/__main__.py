@@ -1,6 +1,6 @@
-"""The Slurm script on a cluster of one machine: what is requeued, what is not, and what the container is given.
+"""The Slurm script on a cluster of one machine: what is requeued, and what the container gets.
 
-As root, with Debian's slurm-wlm and munge. A stand-in for apptainer notes what it is given and ends as it is told to.
+As root, with Debian's slurm-wlm and munge. A stand-in for apptainer notes what it is given and ends as told.
 """
 
 import json
@@ -55,7 +55,7 @@ if plan[0] == "wait":
     time.sleep(300)
 sys.exit(int(plan[0]))
 """
-# What the container is to end with, one attempt after the other: the state and code of the job, and its restarts.
+# What the container ends with, attempt by attempt: the state, code and restarts of the job.
 CASES = {
     "75 0": ("COMPLETED", "0:0", "1"),
     "65": ("FAILED", "65:0", "0"),
