@@ -11,7 +11,7 @@ PYTHON ?= python3
 override PROMPT := $(value PROMPT)
 # What was given on this line, so that a stage can refuse a misspelt name.
 MAKE_GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-export PROMPT RUN_DIR MAKE_GIVEN
+export PROMPT RUN_DIR MAKE_GIVEN IMAGE
 
 # Paths are mounted where they are, so that they mean the same inside and outside.
 mount = -v "$(abspath $(1)):$(abspath $(1))$(2)"
@@ -30,8 +30,27 @@ $(if $(filter docker local,$(RUNNER)),,$(error RUNNER=$(RUNNER) is neither docke
 stage = $($(RUNNER)) --env-file env/$(PRESET).env
 ready = $(if $(filter local,$(RUNNER)),.venv/ready)
 
+# A job as its service reads it, beside the run directory, and the command that takes it.
+spec = $(RUN_DIR).$(spec_$(TARGET))
+spec_docker = job.sh
+spec_kubernetes = job.yaml
+spec_skypilot = job.yaml
+spec_aws-batch = job.json
+spec_slurm = job.sbatch
+spec_gcp-batch = job.json
+submit_docker = sh $(spec)
+submit_kubernetes = kubectl create -f $(spec)
+submit_skypilot = sky jobs launch --yes --secret HF_TOKEN $(spec)
+name = $$(sed -n 's/.*"jobDefinitionName": "\(.*\)".*/\1/p' $(spec))
+define submit_aws-batch
+aws batch register-job-definition --cli-input-json file://$(spec)
+@set -x; aws batch submit-job --job-name $(name) --job-queue $(QUEUE) --job-definition $(name)
+endef
+submit_slurm = sbatch $(spec)
+submit_gcp-batch = gcloud batch jobs submit --config $(spec)
+
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push
+.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -77,14 +96,20 @@ report: $(ready) ## Print what the run came to
 
 docker-build: ## Build the image; EXTRAS=eval adds benchmarks and the judge
 	docker build --tag $(IMAGE) --build-arg EXTRAS=$(EXTRAS) .
-docker-push: ## Push the image
+docker-push: ## Push IMAGE=registry/name:tag
 	docker push $(IMAGE)
+submit: .venv/ready ## Render a job for TARGET, and hand it to that service's own client
+	mkdir -p $(dir $(RUN_DIR))
+	$(local) --env-file env/$(PRESET).env job $(TARGET) > $(spec)
+	$(submit_$(TARGET))
 
 test: .venv/test ## Run the tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; half an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge
+	.venv/bin/python -m tests.slurm
 check: .venv/test ## Lint, types, Dockerfile
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

@@ -35,17 +35,21 @@ def _register() -> None:
     from stages.generate import generate
     from stages.merge import merge
     from stages.prepare_data import prepare_data
+    from stages.tools.chain import chain
     from stages.tools.chat import chat
+    from stages.tools.copy import copy
     from stages.tools.doctor import doctor
     from stages.tools.export import export
     from stages.tools.fetch import fetch
+    from stages.tools.job import job
     from stages.tools.options import options
     from stages.tools.push import push
     from stages.tools.report import report
     from stages.train import train
 
     for command in (
-        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, options,
+        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
+        job, copy, options,
     ):  # fmt: skip
         stages.add_command(command)
 

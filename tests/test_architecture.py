@@ -63,7 +63,12 @@ def test_lib_imports_no_command() -> None:
 
 @pytest.mark.parametrize(
     ("room", "others"),
-    [("data", ("model",)), ("model", ("data",)), ("run", ("data", "model", "report"))],
+    [
+        ("data", ("model", "jobs")),
+        ("model", ("data", "jobs")),
+        ("run", ("data", "model", "report", "jobs")),
+        ("jobs", ("data", "model", "report")),
+    ],
 )
 def test_rooms_keep_apart(room: str, others: tuple[str, ...]) -> None:
     for module in below(f"stages.lib.{room}"):

@@ -21,7 +21,7 @@ OTHERS = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
 )  # fmt: skip
-MAKE_NAMES = ("PRESET", "RUNNER", "DATA_DIR", "CACHE_DIR", "IMAGE", "EXTRAS", "PYTHON", "HF_HOME")
+MAKE_NAMES = ("RUNNER", "TARGET", "DATA_DIR", "CACHE_DIR", "EXTRAS", "PYTHON", "HF_HOME")
 ORIGINS = {
     click.ParameterSource.COMMANDLINE: "flag",
     click.ParameterSource.ENVIRONMENT: "environment",
@@ -59,10 +59,11 @@ class Setting(click.Option):
         return str(self.envvar)
 
 
-def setting(flag: str, variable: str, **kwargs: Any) -> Decorator:
-    """Declare a setting: its flag, environment name, default, type and help."""
+def setting(flag: str, variable: str, *argument: str, **kwargs: Any) -> Decorator:
+    """Declare a setting: its flag, environment name, the command's argument for it, default, type and help."""
     return click.option(
         flag,
+        *argument,
         cls=Setting,
         envvar=variable,
         show_envvar=True,
@@ -178,6 +179,18 @@ def more_explicit(ctx: click.Context, one: str, other: str) -> bool:
     if ranks[0] == ranks[1]:
         raise BadSetting(f"both {one.upper()} and {other.upper()} are set; leave one out")
     return ranks[0] < ranks[1]
+
+
+def from_environment(ctx: click.Context, commands: Iterable[str]) -> dict[str, str]:
+    """The settings of these commands that the environment has a value for."""
+    group = ctx.find_root().command
+    assert isinstance(group, Stages)
+    wanted = set(commands)
+    return {
+        variable: os.environ[variable]
+        for variable, owners in group.declared().items()
+        if os.environ.get(variable) and wanted & {name for name, _ in owners}
+    }
 
 
 def recorded(ctx: click.Context) -> dict[str, dict[str, Any]]:
