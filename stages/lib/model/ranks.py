@@ -7,7 +7,6 @@ so that none waits in a GPU for another that has stopped; gradients by way of th
 import contextlib
 import datetime
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from stages.lib.run import preemption, watchdog
+from stages.lib.run import lease, preemption, watchdog
 from stages.lib.run.exits import GateFailed, StageError, Stopped, TryAgain
 from stages.lib.run.rank import Rank
 
@@ -195,7 +194,7 @@ class _Pulse:
                 beats += 1
                 store.set(own, str(beats))
                 self._look(store)
-                if self.rank.parent and not _alive(self.rank.parent):
+                if self.rank.parent and not lease.is_running(self.rank.parent):
                     preemption.request("the process that started this one is gone")
             store.set(own, DONE)
         except RuntimeError as error:
@@ -218,13 +217,3 @@ class _Pulse:
         error = Lost(f"{what}; the same command goes on")
         told = self.last_words or (lambda error: error.exit_code)
         preemption.leave(lambda: told(error), error.exit_code, LEAVE_SECONDS)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

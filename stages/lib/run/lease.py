@@ -69,14 +69,21 @@ def _own(stage: str) -> dict[str, Any]:
     }
 
 
-def _alive(holder: dict[str, Any]) -> bool:
-    pid = int(holder.get("pid", 0))
+def is_running(pid: int) -> bool:
+    """Whether this host has a process of that number, whosever it is."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    return True
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    pid = int(holder.get("pid", 0))
+    if not is_running(pid):
+        return False
     if pid == os.getpid() and not _ticks(
         pid
     ):  # of a container before this one, where nothing says when
