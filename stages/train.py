@@ -6,7 +6,7 @@ reads it, its tokenizer and prompt format, and the last adapter in `last/`; loss
 """
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +103,11 @@ from stages.lib.run.versions import versions
     "--num-gpus", "NUM_GPUS", type=Number(int, low=1), default=1, identity=False,
     help="GPUs of this host that share each step's tokens; on the CPU, processes.",
 )  # fmt: skip
+@setting(
+    "--sharding", "SHARDING", type=click.Choice(["auto", "none", "full"]), default="auto", identity=False,
+    help="Of several GPUs each has a part of the base (full) or all of it (none); auto: a part where all "
+    "does not fit.",
+)  # fmt: skip
 @options.expect_gpu
 @run_options
 @click.pass_context
@@ -110,7 +115,7 @@ def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    num_gpus: int, expect_gpu: bool, **recipe: object,
+    num_gpus: int, sharding: str, expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
@@ -165,21 +170,27 @@ def train(
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
         cuts = memory.sizes(batch_tokens, longest, micro_batch_tokens, ranks.count)
+        config = load.config(base) if ranks.count > 1 or base_precision == "auto" else {}
         if resumed:
             setup = replace(setup, precision=resumed.metrics["base_precision"])
         elif base_precision == "auto":
-            config = load.config(base)
-            found = ranks.of_first(lambda: memory.precision(config, setup, cuts, recompute))
+            found = ranks.of_first(
+                lambda: memory.precision(config, setup, cuts, recompute, sharding, ranks)
+            )
             setup = replace(setup, precision=found)
-        model = load.load(base, setup.precision)
+        cut = Choice.kept(resumed.metrics) if resumed else None
+        setup = replace(
+            setup, shared=memory.shared(sharding, config, setup, cuts, recompute, cut, ranks)
+        )
+        read = load.on_host if setup.shared > 1 else load.load
+        model = read(base, setup.precision)
         matmul = ceiling.highest(setup.precision)
         if init_adapter:
             tuned = adapter.continued(model, init_adapter, base, rank, alpha, dropout, targets)
         else:
             tuned = adapter.attach(model, base, rank, alpha, dropout, targets, seed)
         lengths = np.concatenate([rows.lengths, held_out.lengths])
-        cut = Choice.kept(resumed.metrics) if resumed else None
-        quick, choice = memory.prepare(tuned, setup, lengths, cuts, recompute, cut)
+        quick, choice = memory.prepare(tuned, setup, lengths, cuts, recompute, cut, ranks)
         choice = memory.alike(ranks, quick, lengths, choice)
         shape, size = quick.shape(lengths, choice.tokens), choice.tokens
         plan = bins.Schedule(rows.lengths, size, batch_tokens // size, epochs, max_steps, seed)
@@ -190,18 +201,22 @@ def train(
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
             ranks=ranks,
         )  # fmt: skip
-        ranks.close()
+        probe = rows[int(rows.lengths.argmax())][0]
+        held = memory.held(tuned, ranks)
         if not ranks.first:
+            if ranks.joined:
+                health.beside(tuned, probe, setup.precision)
+            ranks.close()
             return
         best, last = checkpoints.finished(run.folder, plan.steps)
         out = scratch / "adapter"
         adapter.assemble(best.path, last.path, out)
         chat_format.save(out)
         tokens.save(out, chat_format.source)
-        probe = rows[int(rows.lengths.argmax())][0]
         first = history.first_gradients(last.path)
         alive = health.trained(tuned, out, probe, setup.precision, first)
-        metrics = history.summary(plan, rows, last.path) | facts | speed | {
+        ranks.close()
+        metrics = history.summary(plan, rows, last.path) | facts | speed | held | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],
             "resumed_from_step": checkpoints.step(resumed) if resumed else None,
@@ -210,6 +225,7 @@ def train(
             "health": alive,
             "gpus": ranks.count,
             "predicted_gpu_bytes": choice.memory and choice.memory.total,
+            "predicted_gpu_parts": choice.memory and asdict(choice.memory),
             "peak_gpu_bytes": load.peak_gpu_bytes(),
             "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul, ranks.count),
         }  # fmt: skip

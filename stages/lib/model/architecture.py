@@ -62,6 +62,7 @@ class Setup:
 
     Args:
         targets: names of the adapted projections, or `all-linear`. unpacked: NF4 also as bf16.
+        shared: GPUs that have the base together; 1 where each has all of it.
     """
 
     precision: str
@@ -69,6 +70,7 @@ class Setup:
     targets: tuple[str, ...]
     optimizer: str = "adamw_8bit"
     unpacked: bool = False
+    shared: int = 1
 
     @property
     def element(self) -> int:

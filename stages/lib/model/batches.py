@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stages.lib.model import health
-from stages.lib.model.loss import Plan, Rows, Shape, lay_out, pinned
+from stages.lib.model.loss import Plan, Rows, Shape, lay_out, pinned, unlearned
 from stages.lib.model.ranks import Ranks
 
 
@@ -17,6 +17,7 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
 
     A thread lays out the next step's bins while this one's are computed, where the GPU can fetch them. Each of
     several processes has as many slots a step: what does not divide leaves the last ones empty, with no `bin`.
+    Where each pass needs all processes, these hold a row that nobody learns from.
 
     Args:
         shape: see `train`. operations: of rows with these lengths and so many learned tokens.
@@ -55,7 +56,10 @@ class Bins(torch.utils.data.Dataset[dict[str, Any]]):
         place = slot * self.ranks.count + self.ranks.number
         facts = {"step": step, "slot": slot, "bin": place, "step_tokens": self._tokens(step)}
         if place >= len(bins):
-            return facts | {"bin": None, "tells": False}
+            idle = facts | {"bin": None, "tells": False}
+            if not self.ranks.joined:
+                return idle
+            return pinned(lay_out([unlearned(self.rows[0])], self.shape)) | idle
         batch = lay_out([self.rows[row] for row in self.plan.rows(bins[place])], self.shape)
         return pinned(batch) | facts | {"tells": health.tells(batch)}
 

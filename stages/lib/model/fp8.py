@@ -157,10 +157,13 @@ def projections(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module is not head
-        and not (module.in_features % ALIGNMENT or module.out_features % ALIGNMENT)
+        if type(module) is nn.Linear and module is not head and fits(module)
     ]
+
+
+def fits(module: nn.Linear) -> bool:
+    """Whether a linear layer's sides are such as the GPU's product takes."""
+    return not (module.in_features % ALIGNMENT or module.out_features % ALIGNMENT)
 
 
 def convert(model: Any) -> None:

@@ -174,6 +174,11 @@ def trained(
     return check(tuned, folder, ids, precision, first)
 
 
+def beside(tuned: Any, ids: Ids, precision: str) -> None:
+    """Pass where another process is at `check`, and needs this one's part of the base."""
+    logit_change(tuned, ids, precision)
+
+
 def check_same(tuned: Any, saved: dict[str, torch.Tensor]) -> None:
     """Hold the adapter in memory against the tensors of its file, to the last bit.
 

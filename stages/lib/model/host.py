@@ -21,8 +21,11 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
-def room(root: Path = Path("/")) -> int:
-    """Bytes that a process may take, within the machine and its container; 0 where Linux does not say."""
+def room(root: Path = Path("/"), sharing: int = 1) -> int:
+    """Bytes that each of so many processes may take, within the machine and its container.
+
+    0 where Linux does not say.
+    """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         free = [int(_table(lines)["MemAvailable:"]) * 1024]
@@ -35,7 +38,7 @@ def room(root: Path = Path("/")) -> int:
             if most != "max":
                 back = int(_table((group / "memory.stat").read_text().splitlines()).get(key, 0))
                 free.append(int(most) - int((group / used).read_text()) + back)
-    return int(SHARE * max(min(free), 0))
+    return int(SHARE * max(min(free), 0)) // sharing
 
 
 def _table(lines: list[str]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from torch import library
 
 from stages.lib.model.casting import cast
 
+THRESHOLD = 6.0  # of a column's largest value, above which it is an outlier: transformers' own
+
 
 def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int8 [rows, columns] with scales fp32 [rows] as numbers, as bitsandbytes computes them."""
@@ -77,6 +79,27 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         """Of x."""
         return int8_gradient(upstream, *ctx.saved_tensors), None, None, None, None
+
+
+def linear(plain: torch.nn.Linear, weight: torch.Tensor) -> Any:
+    """A projection in LLM.int8, as transformers has bitsandbytes make it.
+
+    Args:
+        plain: it, for its sizes and bias. weight: [out, in], on the device where it is quantised.
+    """
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        made = bnb.nn.Linear8bitLt(
+            plain.in_features, plain.out_features, bias=False, has_fp16_weights=False,
+            threshold=THRESHOLD,
+        )  # fmt: skip
+    values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    made.weight = bnb.nn.Int8Params(
+        values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
+    )
+    made.bias = plain.bias
+    return made
 
 
 def lighten(model: Any) -> None:

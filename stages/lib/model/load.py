@@ -41,7 +41,11 @@ def config(base: Base) -> dict[str, Any]:
     """The base's config, all keys filled in."""
     from transformers import AutoConfig
 
-    return dict(AutoConfig.from_pretrained(base.folder, local_files_only=True).to_dict())
+    try:
+        return dict(AutoConfig.from_pretrained(base.folder, local_files_only=True).to_dict())
+    except ValueError as error:
+        _check_known(base, error)
+        raise
 
 
 def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
@@ -55,23 +59,83 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     Raises:
         CannotRun: the GPU lacks bf16. BadData: the weights do not fill the model.
     """
+    place = place or device()
+    _check_device(precision, place)
+    model = _read(base, element(precision), place, _quantisation(precision))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes repacks a 4-bit weight in the first evaluation, with its scales rounded to
+            # bf16, and training goes on from another base than it began with.
+            module.support_avx512bf16_for_cpu = False
+    if precision == "fp8":
+        fp8.convert(model)
+    return model
+
+
+def on_host(base: Base, precision: str) -> Any:
+    """The base model as its files have it, frozen, in the host's memory: it is theirs, shared by all processes.
+
+    Projections have their weight, of the type that is on file, as `raw`, and for adapters an empty one of the
+    type that it will be; see `sharding`.
+
+    Raises:
+        As `load`.
+    """
+    _check_device(precision, device())
+    model = _read(base, None, torch.device("cpu"), None)
+    model.config.dtype = element(precision)
+    whole = torch.uint8 if precision in ("nf4", "int8") else element(precision)
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if type(module) is torch.nn.Linear:
+                module.raw = module.weight.detach()
+                module.weight = torch.nn.Parameter(torch.empty(0, dtype=whole), requires_grad=False)
+    return model
+
+
+def element(precision: str) -> torch.dtype:
+    """The type of what is not quantised."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def _stored(base: Base) -> torch.dtype:
+    """The type of a base's weights on file; its files are read without a copy in that type alone."""
+    from safetensors import safe_open
+
+    with safe_open(min(base.folder.glob("*.safetensors")), "pt") as file:
+        return max(map(file.get_tensor, file.keys()), key=torch.Tensor.numel).dtype
+
+
+def _check_known(base: Base, error: ValueError) -> None:
+    """Where transformers says that it does not know a base, say so, too."""
+    if any(words in str(error) for words in UNKNOWN):
+        raise CannotRun(
+            f"{base.name} is no causal language model that this transformers knows "
+            f"(model_type {base.config.get('model_type')!r}); choose another base"
+        ) from error
+
+
+def _check_device(precision: str, place: torch.device) -> None:
+    if place.type == "cuda":
+        name = torch.cuda.get_device_name(place)
+        why = gpu.lacks(precision, name, torch.cuda.get_device_capability(place))
+        if why:
+            raise CannotRun("; ".join(why))
+
+
+def _read(base: Base, dtype: torch.dtype | None, place: torch.device, quantisation: Any) -> Any:
+    """The base model, frozen, as transformers reads it; in the type on file, if none is named."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product in int8
-    place = place or device()
-    if place.type == "cuda":
-        name = torch.cuda.get_device_name(place)
-        why = gpu.lacks(precision, name, torch.cuda.get_device_capability(place))
-        if why:
-            raise CannotRun("; ".join(why))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             base.folder,
-            dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-            quantization_config=_quantisation(precision),
+            dtype=dtype or _stored(base),
+            quantization_config=quantisation,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -84,12 +148,8 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             f"the weights of {base.name} cannot be read ({error}); fetch it again"
         ) from error
     except ValueError as error:
-        if not any(words in str(error) for words in UNKNOWN):
-            raise
-        raise CannotRun(
-            f"{base.name} is no causal language model that this transformers knows "
-            f"(model_type {base.config.get('model_type')!r}); choose another base"
-        ) from error
+        _check_known(base, error)
+        raise
     odd = sorted(str(key) for key in report["mismatched_keys"])
     if odd:
         raise BadData(
@@ -101,14 +161,7 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
             f"the weights of {base.name} lack {len(absent)} tensors of its config, {absent[0]} first; "
             "fetch it again"
         )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes repacks a 4-bit weight in the first evaluation, with its scales rounded to
-            # bf16, and training goes on from another base than it began with.
-            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    if precision == "fp8":
-        fp8.convert(model)
     model.config.use_cache = False  # a cache would hide that rows are packed
     return model.eval()
 

@@ -101,6 +101,11 @@ def lay_out(rows: Sequence[Row], shape: Shape | None = None) -> dict[str, Any]:
     return batch
 
 
+def unlearned(row: Row) -> Row:
+    """The same tokens, of which none is learned."""
+    return row[0], np.zeros(len(row[0]), bool)
+
+
 def nll_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Summed negative log-likelihood of a bin's targets, in nats, fp32; logits exist for them at most."""
     if "bounds" in batch:  # laid out for a quick model, whose forward pass ends in the loss
@@ -137,11 +142,14 @@ def mean_nll(
     after_bin: Callable[[int], None] = lambda tokens: None,
     shape: Shape | None = None,
     whole: Callable[[float, float], tuple[float, float]] = lambda total, count: (total, count),
+    check: Callable[[], object] = preemption.check,
+    every: bool = False,
 ) -> float:
     """Mean negative log-likelihood of a learned token over bins of rows, in nats; only sums are kept.
 
     `after_bin` is told how many tokens each bin had; `shape` is for a quick model; `whole` makes the sums of
-    all processes from those of this one.
+    all processes from those of this one. `check` is called before each bin, and may stop all; `every` bin is
+    computed, also one with nothing learned.
     """
     was_training = model.training
     model.eval()
@@ -149,10 +157,10 @@ def mean_nll(
     count = 0
     place = load.device()
     for rows in bins:
-        preemption.check()
+        check()
         watchdog.alive()
         batch = to(lay_out(rows, shape), place)
-        if len(batch["targets"]):
+        if every or len(batch["targets"]):
             with load.compute(precision):
                 total += nll_sum(model, batch).double().cpu()
             count += len(batch["targets"])

@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.lib.model import compiling, fp8, host, load, plan
+from stages.lib.model import compiling, fp8, host, load, plan, sharding
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Unpinned
 from stages.lib.model.plan import Choice
-from stages.lib.model.quick import Quick
+from stages.lib.model.quick import KNOWN, Quick
 from stages.lib.model.ranks import Ranks
 from stages.lib.run import gpu
-from stages.lib.run.exits import OutOfMemory
+from stages.lib.run.exits import CannotRun, OutOfMemory
 from stages.lib.run.progress import say
 
 Ints = npt.NDArray[np.int64]
@@ -51,12 +51,17 @@ def sizes(batch_tokens: int, longest: int, wanted: int | None, sharing: int = 1)
     return found
 
 
-def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompute: str) -> str:
+def precision(
+    config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompute: str,
+    sharding: str = "none", ranks: Ranks | None = None,
+) -> str:  # fmt: skip
     """What `auto` means on this machine, told to the user with its reason.
 
     Args:
-        config: of the base, all keys filled in. cuts, recompute: see `prepare`.
+        config: of the base, all keys filled in. cuts, recompute: see `prepare`. sharding: `auto`, `none` or
+            `full`. ranks: the processes that train together.
     """
+    ranks = ranks or Ranks()
     if not torch.cuda.is_available():
         say("BASE_PRECISION is bf16: there is no GPU")
         return "bf16"
@@ -71,36 +76,105 @@ def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompu
     possible = ["bf16", "nf4"]
     if torch.cuda.get_device_capability() >= fp8.CAPABILITY:
         possible.insert(0, "fp8")
-    found = plan.precision(shape, setup, cuts, room(), recompute, possible, host.room())
+    spare = host.room(sharing=ranks.near)
+    whole, parts = setup, replace(setup, shared=ranks.count)
+    for each in {"none": [whole], "full": [parts], "auto": [whole, parts]}[sharding]:
+        found = plan.precision(shape, each, cuts, room(), recompute, possible, spare)
+        best = replace(each, precision=found)
+        if plan.choices(shape, best, cuts, room(), recompute, spare):
+            break
     say(
         f"BASE_PRECISION is {found}: the fastest of {', '.join(possible)} in the {memory} of {name}"
     )
     return found
 
 
+def shared(
+    wanted: str, config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompute: str,
+    cut: Choice | None, ranks: Ranks,
+) -> int:  # fmt: skip
+    """Over how many GPUs the base is sharded; 1: each has all of it.
+
+    Args:
+        wanted: `auto`, `none` or `full`. config: of the base, all keys filled in. cuts, recompute, cut: see
+            `prepare`.
+
+    Raises:
+        CannotRun: it is to be sharded, and is no model that is known here.
+    """
+    if ranks.count == 1 or wanted == "none":
+        return 1
+    kind = config.get("model_type")
+    if wanted == "full":
+        if kind not in KNOWN:
+            raise CannotRun(
+                f"SHARDING=full needs a decoder known here, and {kind} is none; set none"
+            )
+        return ranks.count
+    shape = Architecture.of(config)
+    if not (shape and kind in KNOWN and torch.cuda.is_available()):
+        return 1
+    free, spare = min(ranks.each(room())), host.room(sharing=ranks.near)
+    given = [(cut.tokens, cut.recomputed, cut.offloaded)] if cut else []
+    whole = [plan.predict(shape, setup, *each).total <= free for each in given]
+    if ranks.of_first(
+        lambda: (
+            any(whole)
+            or bool(not cut and plan.choices(shape, setup, cuts, int(free), recompute, spare))
+        )
+    ):
+        return 1
+    gib = free / 2**30
+    say(
+        f"SHARDING is full: a base in {setup.precision} leaves too little of the {gib:.0f} GiB of a GPU"
+    )
+    return ranks.count
+
+
 def prepare(
-    tuned: Any, setup: Setup, lengths: Ints, cuts: Sequence[int], recompute: str, cut: Choice | None
-) -> tuple[Quick, Choice]:
+    tuned: Any, setup: Setup, lengths: Ints, cuts: Sequence[int], recompute: str, cut: Choice | None,
+    ranks: Ranks | None = None,
+) -> tuple[Quick, Choice]:  # fmt: skip
     """The model made quick, and arranged for the fastest cut of the work that fits.
 
     Args:
         lengths: tokens of all rows that it will see, [rows]. cuts: see `sizes`.
         recompute: `auto`, `none`, `all` or `offload`. cut: the only one that may be, where a run is resumed.
+        ranks: the processes that train together, over which the base is sharded where `setup` says so.
 
     Raises:
         OutOfMemory: none fits.
     """
+    ranks = ranks or Ranks()
+    sharded = setup.shared > 1
+    if sharded:
+        sharding.spread(tuned, setup.precision, ranks)
     shape = Architecture.of(tuned.config.to_dict())
     unpacked = replace(setup, unpacked=True)
-    if setup.precision == "nf4" and shape and torch.cuda.is_available():
+    if setup.precision == "nf4" and shape and not sharded and torch.cuda.is_available():
         best = plan.choices(shape, unpacked, cuts, room(), recompute)[:1]
         if best and best[0].tokens == cuts[0] and not best[0].recomputed:
             setup = unpacked
-    quick = Quick(tuned, setup.precision, setup.unpacked)
+    quick = Quick(tuned, setup.precision, setup.unpacked, sharded)
     for remark in quick.remarks:
         say(remark)
-    found = [cut] if cut else _candidates(quick, shape, setup, cuts, recompute)
-    return quick, fit(quick, lengths, found)
+    found = [cut] if cut else _candidates(quick, shape, setup, cuts, recompute, ranks)
+    if not sharded:
+        return quick, fit(quick, lengths, found)
+    # A pass needs all GPUs: they try the same one, and where it does not fit one of them it ends for all.
+    chosen = ranks.of_first(lambda: found[0])
+    return quick, fit(quick, lengths, [chosen])
+
+
+def held(tuned: Any, ranks: Ranks) -> dict[str, Any]:
+    """For the manifest: how the base lies on the GPUs, its bytes on this one, and the peak of each."""
+    whole, here = sharding.base_bytes(tuned)
+    return {
+        "sharding": "full" if ranks.joined else "none",
+        "base_bytes": whole,
+        "base_bytes_here": here,
+        "peak_gpu_bytes_each": [int(peak) for peak in ranks.each(load.peak_gpu_bytes() or 0)],
+    }
 
 
 def alike(ranks: Ranks, quick: Quick, lengths: Ints, choice: Choice) -> Choice:
@@ -114,8 +188,9 @@ def alike(ranks: Ranks, quick: Quick, lengths: Ints, choice: Choice) -> Choice:
 
 
 def _candidates(
-    quick: Quick, shape: Architecture | None, setup: Setup, cuts: Sequence[int], recompute: str
-) -> list[Choice]:
+    quick: Quick, shape: Architecture | None, setup: Setup, cuts: Sequence[int], recompute: str,
+    ranks: Ranks,
+) -> list[Choice]:  # fmt: skip
     """Cuts of the work from the fastest to the smallest.
 
     Raises:
@@ -124,20 +199,21 @@ def _candidates(
     layers = len(quick.layers) or 1
     if quick.packed and shape and torch.cuda.is_available():
         # What is not compiled computes all of a layer again, and has but its input on the host.
-        spare = host.room() if quick.compiles or recompute == "offload" else 0
-        found = plan.choices(shape, setup, cuts, room(), recompute, spare)
+        spare = host.room(sharing=ranks.near) if quick.compiles or recompute == "offload" else 0
+        free = int(min(ranks.each(room()))) if setup.shared > 1 else room()
+        found = plan.choices(shape, setup, cuts, free, recompute, spare)
         if recompute == "offload":
             if not found:
                 say(
                     f"the {spare / 2**30:.1f} GiB that the host can spare are too few to offload to: "
                     "all layers recompute instead"
                 )
-            found += plan.choices(shape, setup, cuts, room(), "all")
+            found += plan.choices(shape, setup, cuts, free, "all")
         if not found:
             least = plan.predict(shape, setup, cuts[-1], 0 if recompute == "none" else layers)
             raise OutOfMemory(
                 f"training takes {least.total / 2**30:.1f} GiB at the least ({least}), of which this GPU has "
-                f"{room() / 2**30:.1f}; choose BASE_PRECISION=nf4, RECOMPUTE=auto, a smaller MAX_LENGTH and "
+                f"{free / 2**30:.1f}; choose BASE_PRECISION=nf4, RECOMPUTE=auto, a smaller MAX_LENGTH and "
                 "MICRO_BATCH_TOKENS, or a larger GPU"
             )
         return found

@@ -90,6 +90,26 @@ class Product(torch.autograd.Function):
         return of_x, None, None, None, None, *[None] * STORED
 
 
+def linear(plain: torch.nn.Linear, weight: torch.Tensor) -> Any:
+    """A projection in NF4, double quantised, as transformers has bitsandbytes make it.
+
+    Args:
+        plain: it, for its sizes and bias. weight: [out, in], on the device where it is quantised.
+    """
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        made = bnb.nn.Linear4bit(
+            plain.in_features, plain.out_features, bias=False, compute_dtype=torch.bfloat16,
+            compress_statistics=True, quant_type="nf4",
+        )  # fmt: skip
+    made.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+    ).to(weight.device)
+    made.bias = plain.bias
+    return made
+
+
 def is_nested(layer: Any) -> bool:
     """Whether a module is a double quantised NF4 projection."""
     import bitsandbytes as bnb

@@ -157,12 +157,12 @@ class Offload:
                 piece.near = None
 
     def _staying(self, number: int) -> set[int]:
-        """Storages of a layer's parameters and buffers; they move when the optimizer lays them end to end."""
-        learned = [p.data_ptr() for p in self.layers[number].parameters() if p.requires_grad]
+        """Storages of a layer's parameters and buffers; they move when an optimizer or shards do."""
+        where = [p.data_ptr() for p in self.layers[number].parameters()]
         known = self._fixed.get(number)
-        if known is None or known[0] != learned:
+        if known is None or known[0] != where:
             module = self.layers[number]
-            known = learned, _addresses([*module.parameters(), *module.buffers()])
+            known = where, _addresses([*module.parameters(), *module.buffers()])
             self._fixed[number] = known
         return known[1]
 

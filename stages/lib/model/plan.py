@@ -5,7 +5,7 @@ within 10 % (tests/lib/model/test_plan.py has them).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stages.lib.model.architecture import HALF, Architecture, Setup
@@ -16,6 +16,8 @@ WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64
 OPTIMIZER = {"adamw_torch": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
 MASTER, GRADIENT, FLAT_GRADIENT = 4, 4, 4  # of an adapter's parameter, in fp32
 LOSS_CHUNK = 2048  # tokens whose logits exist at a time
+# Of a sharded base: a layer that is computed, with the one that comes and the buffer it comes in.
+GATHERED = 3
 IN_HAND = 1.65  # of a layer's activations: what its own recompute and backward pass hold
 # Tokens that could be computed in the time that starting a pass takes; NF4's weights are dequantised in each:
 # 84 us a token in passes of 4,096 tokens, 77 in passes of 8,192, on an H200.
@@ -31,15 +33,16 @@ class Memory:
     optimizer: int
     activations: int
     loss: int
+    gathered: int = 0  # of a sharded base, what is whole for a moment
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.adapter + self.optimizer + self.activations + self.loss
+        return sum(asdict(self).values())
 
     def __str__(self) -> str:
-        parts = ("weights", "adapter", "optimizer", "activations", "loss")
-        return " + ".join(f"{name} {getattr(self, name) / 2**30:.1f}" for name in parts) + " GiB"
+        parts = {name: size for name, size in asdict(self).items() if size or name != "gathered"}
+        return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items()) + " GiB"
 
 
 def adapter_parameters(shape: Architecture, setup: Setup) -> int:
@@ -98,6 +101,13 @@ def predict(
     """
     element = setup.element
     weights = shape.frozen * (WEIGHT[setup.precision] + (HALF if setup.unpacked else 0))
+    words = element * shape.words
+    gathered = 0.0
+    if setup.shared > 1:
+        # The head is whole when the loss is computed, beside the buffer it came in, and a layer's.
+        head = element * shape.vocabulary * shape.width
+        one = weights / shape.layers
+        gathered = max(GATHERED * one, one + 2 * head)
     learned = adapter_parameters(shape, setup)
     layer = layer_activations(shape, setup)
     # The first layers are those that recompute: when it is their turn, the others' activations are gone.
@@ -108,11 +118,12 @@ def predict(
         most = max(whole, layer * IN_HAND + carried(shape, setup))  # the next one's is on its way
     chunk = min(tokens, LOSS_CHUNK)
     return Memory(
-        weights=int(weights + element * shape.words),
+        weights=int((weights + words) / setup.shared),
         adapter=learned * (MASTER + GRADIENT + FLAT_GRADIENT),
         optimizer=int(learned * OPTIMIZER[setup.optimizer]),
         activations=int(tokens * (most + element * shape.width * recomputed)),
         loss=chunk * shape.vocabulary * 2 * element,
+        gathered=int(gathered),
     )
 
 

@@ -22,9 +22,11 @@ from stages.lib.model import (
     nf4,
     projections,
     selective,
+    sharding,
 )
 from stages.lib.model.loss import Row, Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Offload
+from stages.lib.run.exits import CannotRun
 
 # Decoders whose attention is a causal softmax and nothing beyond it, and whose layers have Llama's names.
 KNOWN = {
@@ -41,7 +43,7 @@ class Quick:
 
     Args:
         tuned: with its adapter attached. precision: of its base.
-        unpacked: dequantise NF4 once, not at every product.
+        unpacked: dequantise NF4 once, not at every product. sharded: by `sharding.spread`.
 
     Attributes:
         remarks: what is not as usual, and why; a sentence each.
@@ -49,13 +51,17 @@ class Quick:
         recomputed, offloaded: layers, as they were arranged.
     """
 
-    def __init__(self, tuned: Any, precision: str, unpacked: bool = False) -> None:
+    def __init__(
+        self, tuned: Any, precision: str, unpacked: bool = False, sharded: bool = False
+    ) -> None:
         self.tuned, self.precision = tuned, precision
         self.remarks: list[str] = []
         self.recomputed = self.offloaded = 0
         self.causal = tuned.get_base_model()
         self.seed = torch.zeros((), dtype=torch.int32, device=self.causal.device)
         why = self._obstacle() or self._pack()
+        if why and sharded:
+            raise CannotRun(f"{why}, and a sharded base has to be one; set SHARDING=none")
         if why:
             self.remarks.append(f"{why}: it is computed as transformers and peft have it")
         self.packed = not why
@@ -67,8 +73,11 @@ class Quick:
             _let_gradients_in(self.causal)
             lora.lighten(tuned, self.seed)
             if precision == "fp8":
-                projections.gather(self.causal)
+                if not sharded:
+                    projections.gather(self.causal)
                 projections.fuse(self.causal)
+            elif sharded:
+                pass  # as it was made before it was cut
             elif precision == "nf4":
                 (nf4.unpack if unpacked else nf4.lighten)(self.causal)
             elif precision == "int8":
@@ -209,8 +218,9 @@ def _forward(
     """The summed loss of a bin that was laid out with a shape; anything else goes the model's own way."""
     if targets is None:
         return original(input_ids=input_ids, **options)
-    hidden, head = _hidden(causal, input_ids, kept, options), causal.get_output_embeddings()
-    return cross_entropy.NllSum.apply(hidden, head.weight, head.bias, targets, piece)
+    hidden = _hidden(causal, input_ids, kept, options)
+    with sharding.head(causal) as (weight, bias):
+        return cross_entropy.NllSum.apply(hidden, weight, bias, targets, piece)
 
 
 def _hidden(causal: Any, input_ids: Any, kept: Any, options: dict[str, Any]) -> torch.Tensor:
@@ -224,7 +234,7 @@ def _hidden(causal: Any, input_ids: Any, kept: Any, options: dict[str, Any]) -> 
 def _head_is_all(causal: Any, batch: dict[str, Any]) -> bool:
     """Whether logits are the head of the last hidden state: no scale, no cap, nothing between."""
     head = causal.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or not hasattr(causal, "model"):
+    if sharding.kind(head) is not torch.nn.Linear or not hasattr(causal, "model"):
         return False
     seen: list[torch.Tensor] = []
 

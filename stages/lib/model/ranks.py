@@ -37,10 +37,12 @@ def _together() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        said = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
-        raise Lost(
-            f"another process of this run is gone ({said}); the same command goes on"
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> Lost:
+    said = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+    return Lost(f"another process of this run is gone ({said}); the same command goes on")
 
 
 class Ranks:
@@ -50,15 +52,17 @@ class Ranks:
         rank: as the launcher gave it. last_words: told of the end that a lost process makes; its code.
 
     Attributes:
-        number, count: of this process and all; first: it is the one that writes.
+        number, count: of this process and all; near: on this host. first: it is the one that writes.
+        joined: each pass through the model needs all of them, because each has a part of the base.
     """
 
     def __init__(
         self, rank: Rank | None = None, last_words: Callable[[StageError], int] | None = None
     ) -> None:
         self.number, self.count = (rank.number, rank.count) if rank else (0, 1)
+        self.near = rank.near if rank else 1
         self.first = self.number == 0
-        self.stopped = False
+        self.joined = self.stopped = False
         self._done = threading.Event()
         if rank:
             with _together():
@@ -80,7 +84,13 @@ class Ranks:
         return range(self.number, items, self.count)
 
     def check(self) -> None:
-        """As `preemption.check`, at which all processes stop before the step is taken."""
+        """As `preemption.check`, at which all processes stop before the step is taken.
+
+        Where passes need all of them, they agree before each, and so stop at the same one.
+        """
+        if self.joined:
+            self.agree()
+            return
         with self.stopping():
             preemption.check()
 
@@ -120,6 +130,31 @@ class Ranks:
         """Replace a tensor by its sum over all processes; a GPU does so in the order of its work."""
         with _together():
             distributed.all_reduce(tensor)
+
+    def each(self, value: float) -> list[float]:
+        """A number of every process."""
+        if self.count == 1:
+            return [value]
+        own = torch.tensor([value], dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        with _together():
+            distributed.all_gather(found, own, group=self.hosts)
+        return [float(one) for one in found]
+
+    def rounds(self, items: int) -> int:
+        """How many of so many things any process does at most."""
+        return -(-items // self.count)
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """A pass through the model, which may bring parts of it together: a process that is gone is `Lost`."""
+        try:
+            yield
+        except RuntimeError as error:
+            library = isinstance(error, distributed.DistBackendError) or "gloo" in str(error)
+            if not (self.joined and library):
+                raise
+            raise _lost(error) from error
 
     def of_first(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, in all of them."""

@@ -18,7 +18,7 @@ from transformers import (
 from stages.lib.model import adapter, health, history, shortage
 from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
-from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to
+from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to, unlearned
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
@@ -139,7 +139,7 @@ class LoraTrainer(Trainer):
         if not inputs["slot"]:
             self.shares, self.step_loss = [], self.flat.norm.new_zeros(())
         if inputs["bin"] is None:
-            return self.flat.parts[0].sum() * 0
+            return nll_sum(model, inputs) if self.ranks.joined else self.flat.parts[0].sum() * 0
         entropy = np.random.SeedSequence([self.args.seed, inputs["step"], inputs["bin"]])
         seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.manual_seed(seed)  # for a base that has dropout of its own
@@ -149,21 +149,27 @@ class LoraTrainer(Trainer):
         self.step_loss = self.step_loss + loss.detach()
         return loss
 
+    def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
+        """A bin's way there and back."""
+        with self.ranks.passing():
+            return torch.as_tensor(super().training_step(*given, **options))
+
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
         """The held-out loss on the first held-out rows, without keeping logits."""
         failpoints.reach("train.evaluate")
         share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
         limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
         bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
-        rows = ([self.held_out[row] for row in bins[b]] for b in self.ranks.mine(len(bins)))
-        with self.ranks.stopping():
+        rows = [[self.held_out[row] for row in bins[b]] for b in self.ranks.mine(len(bins))]
+        joined = self.ranks.joined
+        if joined:
+            idle = [unlearned(self.held_out[0])]
+            rows += [idle] * (self.ranks.rounds(len(bins)) - len(rows))
+        with self.ranks.stopping(), self.ranks.passing():
             loss = mean_nll(
-                self.model,
-                self.quick.precision,
-                rows,
-                shape=self.bins.shape,
-                whole=self.ranks.agree,
-            )
+                self.model, self.quick.precision, rows, shape=self.bins.shape, whole=self.ranks.agree,
+                check=self.ranks.agree if joined else preemption.check, every=joined,
+            )  # fmt: skip
         self.log({"eval_loss": loss})
         return {"eval_loss": loss}
 
