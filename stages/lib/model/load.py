@@ -75,8 +75,8 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
 def on_host(base: Base, precision: str) -> Any:
     """The base model as its files have it, frozen, in the host's memory: it is theirs, shared by all processes.
 
-    Projections have their weight, of the type that is on file, as `raw`, and for adapters an empty one of the
-    type that it will be; see `sharding`.
+    Projections have their weight, of the type that is on file, as `raw`, and an empty one for peft, so that it
+    makes the adapter that it would make without sharding; see `sharding`.
 
     Raises:
         As `load`.
@@ -84,7 +84,8 @@ def on_host(base: Base, precision: str) -> Any:
     _check_device(precision, device())
     model = _read(base, None, torch.device("cpu"), None)
     model.config.dtype = element(precision)
-    whole = torch.uint8 if precision in ("nf4", "int8") else element(precision)
+    # peft makes an adapter in this type, but for int8, whose weights have none to offer.
+    whole = torch.int8 if precision == "int8" else element(precision)
     for layer in model.model.layers:
         for module in layer.modules():
             if type(module) is torch.nn.Linear:
