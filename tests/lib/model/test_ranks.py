@@ -20,8 +20,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def together(work: Callable[[Ranks], Any], count: int = 2) -> list[Any]:
-    """What each of some processes makes of it; an error counts as made."""
+def together(work: Callable[[Ranks], Any], count: int = 2, seconds: float = 30) -> list[Any]:
+    """What each of some processes makes of it; an error counts as made, None where one is gone."""
     context = multiprocessing.get_context("fork")
     port = free_port()
 
@@ -40,11 +40,20 @@ def together(work: Callable[[Ranks], Any], count: int = 2) -> list[Any]:
     started = [context.Process(target=begin, args=(n, pipes[n][1])) for n in range(count)]  # type: ignore[attr-defined]
     for process in started:
         process.start()
-    found = [ours.recv() if ours.poll(30) else None for ours, _ in pipes]
+    for _, theirs in pipes:
+        theirs.close()
+    found = [_said(ours, seconds) for ours, _ in pipes]
     for process in started:
         process.join(10)
         process.kill()
     return found
+
+
+def _said(end: Any, seconds: float) -> Any:
+    try:
+        return end.recv() if end.poll(seconds) else None
+    except EOFError:
+        return None
 
 
 def test_they_share_what_is_to_be_done_and_sum_what_they_found() -> None:
@@ -69,6 +78,26 @@ def test_all_stop_where_one_is_asked_to() -> None:
             ranks.agree()  # at its end
 
     assert together(work) == ["Stopped", "Stopped"]
+
+
+def test_where_passes_need_all_they_stop_before_the_same_one() -> None:
+    def work(ranks: Ranks) -> Any:
+        ranks.joined = True
+        passes = 0
+        try:
+            for _ in range(3):
+                if ranks.number and passes == 1:
+                    preemption.request("asked")
+                ranks.check()
+                passes += 1
+        except Stopped:
+            return passes
+
+    assert together(work) == [1, 1]
+
+
+def test_a_number_of_each() -> None:
+    assert together(lambda ranks: ranks.each(ranks.number + 0.5)) == [[0.5, 1.5]] * 2
 
 
 def test_a_process_that_is_gone_is_noticed() -> None:
