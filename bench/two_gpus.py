@@ -92,7 +92,7 @@ class TwoGpus(Bench):
         """The collectives alone."""
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "bench.two_gpus", "--sums",
+            "-m", "bench.two_gpus", "--sums", f"--data={self.data}",
         ]  # fmt: skip
         said = self._run(command, self._settings(self.work)).strip()
         return dict(json.loads(said.splitlines()[-1]))

@@ -7,6 +7,7 @@ before the next one comes: no GPU ever has more than its parts and a few whole l
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from stages.lib.model import fp8, int8, load, nf4, projections
 from stages.lib.model.ranks import Ranks
+from stages.lib.run.progress import say
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,6 +30,7 @@ def spread(tuned: Any, precision: str, ranks: Ranks) -> None:
 
     From here on each pass needs all of them. Norms between layers stay whole, they are small.
     """
+    began = time.monotonic()
     causal, place = tuned.get_base_model(), load.device()
     mesh = DeviceMesh.from_group(distributed.group.WORLD, place.type)
     shard = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
@@ -52,6 +55,9 @@ def spread(tuned: Any, precision: str, ranks: Ranks) -> None:
         # Else the compiler would not look whether one layer's graph is right for another.
         module._is_fsdp_managed_module = False
     ranks.joined = True
+    whole, here = (size / 2**30 for size in base_bytes(tuned))
+    seconds = time.monotonic() - began
+    say(f"{here:.1f} GiB of a base of {whole:.1f} are on this GPU, after {seconds:.0f} s")
 
 
 def _shard(shard: Any, module: nn.Module) -> None:
