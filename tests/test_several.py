@@ -94,16 +94,18 @@ def check_same(run: Path, whole: Path) -> None:
 def test_a_killed_process_ends_all_and_the_same_command_goes_on_to_one_process_s_adapter(
     two: Two,
 ) -> None:
+    """Whole on each before, in parts on both after: how the base lies is no part of what a run is."""
     run = two.begin("killed")
     done = two.train(run, FAILPOINTS="train.bin=8:kill@1")
     assert done.returncode == 75, done.stderr
     assert "1 of 2 processes were killed or lost" in done.stderr
     assert error(run)["exit"] == 75
     assert not (run / "holder.json").exists()
-    done = two.train(run)
+    done = two.train(run, SHARDING="full")
     assert done.returncode == 0, done.stderr
     assert "going on from step 3" in done.stderr
     assert metrics(run)["gpus"] == 2
+    assert metrics(run)["base_bytes_here"] < 0.53 * metrics(run)["base_bytes"]
     assert not (run / "error.json").exists()
     check_same(run, two.folder / "whole")
     done = two.train(run)
@@ -112,9 +114,37 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_to_one_process_s
 
 
 @pytest.mark.sweep
-def test_a_process_that_is_asked_to_stop_stops_all_and_one_process_goes_on(two: Two) -> None:
-    run = two.begin("asked")
-    done = two.train(run, FAILPOINTS="train.bin=5:term@1")
+def test_a_process_that_is_killed_with_its_part_of_the_base_ends_all(two: Two) -> None:
+    run = two.begin("part")
+    done = two.train(run, FAILPOINTS="train.bin=8:kill@1", SHARDING="full")
+    assert done.returncode == 75, done.stderr
+    assert error(run)["exit"] == 75
+    assert "Traceback" not in done.stderr
+    done = two.train(run)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stderr
+    check_same(run, two.folder / "whole")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("precision", ["fp8", "nf4", "int8"])
+def test_parts_of_a_quantised_base_train_as_the_whole(two: Two, precision: str) -> None:
+    changed = {"BASE_PRECISION": precision, "RECOMPUTE": "all", "SHARDING": "full"}
+    whole, parts = two.begin(f"whole {precision}"), two.begin(f"parts {precision}")
+    assert two.alone(whole, **changed).returncode == 0
+    done = two.train(parts, **changed)
+    assert done.returncode == 0, done.stderr
+    assert metrics(parts)["sharding"] == "full"
+    check_same(parts, whole)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_process_that_is_asked_to_stop_stops_all_and_one_process_goes_on(
+    two: Two, sharding: str
+) -> None:
+    run = two.begin(f"asked {sharding}")
+    done = two.train(run, FAILPOINTS="train.bin=5:term@1", SHARDING=sharding)
     assert done.returncode == 75, done.stderr
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["step-00000002"]

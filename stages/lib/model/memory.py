@@ -114,15 +114,8 @@ def shared(
     shape = Architecture.of(config)
     if not (shape and kind in KNOWN and torch.cuda.is_available()):
         return 1
-    free, spare = min(ranks.each(room())), host.room(sharing=ranks.near)
-    given = [(cut.tokens, cut.recomputed, cut.offloaded)] if cut else []
-    whole = [plan.predict(shape, setup, *each).total <= free for each in given]
-    if ranks.of_first(
-        lambda: (
-            any(whole)
-            or bool(not cut and plan.choices(shape, setup, cuts, int(free), recompute, spare))
-        )
-    ):
+    free, spare = int(min(ranks.each(room()))), host.room(sharing=ranks.near)
+    if ranks.of_first(lambda: plan.fits(shape, setup, cuts, free, recompute, spare, cut)):
         return 1
     gib = free / 2**30
     say(

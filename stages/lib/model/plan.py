@@ -185,6 +185,17 @@ def choices(
     return sorted(found, key=lambda choice: choice.cost)
 
 
+def fits(
+    shape: Architecture, setup: Setup, sizes: Iterable[int], room: int, recompute: str, spare: int,
+    cut: Choice | None = None,
+) -> bool:  # fmt: skip
+    """Whether anything does, or if there is one, this cut of the work; the rest as for `choices`."""
+    if cut:
+        memory = predict(shape, setup, cut.tokens, cut.recomputed, cut.offloaded)
+        return memory.total <= room
+    return bool(choices(shape, setup, sizes, room, recompute, spare))
+
+
 def _cuts(
     shape: Architecture, setup: Setup, size: int, recompute: str
 ) -> Iterator[Iterator[Choice]]:

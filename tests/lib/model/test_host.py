@@ -29,6 +29,7 @@ def test_a_container_may_have_less_than_the_machine(
     (at / used).write_text(f"{3 * GIB}\n")
     (at / "memory.stat").write_text(f"anon {GIB}\n{key} {2 * GIB}\n")
     assert host.room(tmp_path) == int(host.SHARE * room)
+    assert host.room(tmp_path, sharing=2) == int(host.SHARE * room) // 2
 
 
 def test_without_a_limit_it_is_the_machine_that_counts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The plan of memory: against measured peaks, and what it chooses."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,38 @@ def test_operations_are_those_that_torch_counts(family: str, targets: tuple[str,
 
 def test_another_kind_of_model_is_not_planned() -> None:
     assert Architecture.of({"n_embd": 64, "vocab_size": 128}) is None
+
+
+LLAMA_2_70B = Architecture(8192, 80, 8192, 1024, 28672, 32000, False)
+
+
+def test_a_base_in_parts_takes_its_share_and_a_few_layers_for_a_moment() -> None:
+    whole = plan.predict(LLAMA_2_70B, Setup("bf16", 16, QV), 4096, 80)
+    parts = plan.predict(LLAMA_2_70B, Setup("bf16", 16, QV, shared=4), 4096, 80)
+    layer = LLAMA_2_70B.frozen * 2 / 80
+    assert parts.weights == pytest.approx(whole.weights / 4)
+    assert parts.gathered == pytest.approx(3 * layer)
+    assert (whole.gathered, "gathered" in str(whole)) == (0, False)
+    assert parts.total - parts.weights - parts.gathered == whole.total - whole.weights
+    many_words = replace(LLAMA_2_70B, vocabulary=256000)
+    head = 256000 * 8192 * 2
+    found = plan.predict(many_words, Setup("bf16", 16, QV, shared=4), 4096, 80)
+    assert found.gathered == pytest.approx(2 * head + layer)
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "room", "fits"),
+    [("bf16", 1, 80, False), ("bf16", 2, 64, False), ("bf16", 2, 80, True), ("nf4", 1, 80, True)],
+)
+def test_a_base_fits_a_gpu_or_in_parts_several(
+    precision: str, gpus: int, room: int, fits: bool
+) -> None:
+    setup = Setup(precision, 16, QV, shared=gpus)
+    sizes = [4096, 2048]
+    assert plan.fits(LLAMA_2_70B, setup, sizes, room * GIB, "auto", 0) == fits
+    if fits:
+        assert not plan.fits(LLAMA_2_70B, setup, sizes, room * GIB, "auto", 0, Choice(16384, 0))
+        assert plan.fits(LLAMA_2_70B, setup, sizes, room * GIB, "auto", 0, Choice(2048, 80))
 
 
 def choose(room: float, precision: str = "fp8", recompute: str = "auto") -> list[Choice]:
