@@ -181,7 +181,7 @@ def _cuts(
     layers = shape.layers
     numbers = {"auto": range(layers + 1), "none": range(1), "all": range(layers, layers + 1)}
     yield (
-        Choice(size, n, predict(shape, setup, size, n), cost=_cost(setup, size, n / layers))
+        Choice(size, n, predict(shape, setup, size, n), cost=cost(setup, size, n / layers))
         for n in numbers.get(recompute, ())
     )
     numbers = {"auto": range(RESIDENT + 1, layers + 1), "offload": range(layers, layers + 1)}
@@ -193,11 +193,14 @@ def offloading(shape: Architecture, setup: Setup, tokens: int, offloaded: int) -
     lean = leanest(shape, setup, offloaded)
     twice = lean * again(shape, True) + (offloaded - lean) * again(shape, False)
     memory = predict(shape, setup, tokens, 0, offloaded)
-    return Choice(tokens, 0, memory, offloaded, lean, _cost(setup, tokens, twice / shape.layers))
+    return Choice(tokens, 0, memory, offloaded, lean, cost(setup, tokens, twice / shape.layers))
 
 
-def _cost(setup: Setup, tokens: int, twice: float) -> float:
-    """Of a pass that computes a share of its products twice; a forward pass is a third of the work."""
+def cost(setup: Setup, tokens: int, twice: float) -> float:
+    """Time a token of a pass that computes a share of its products twice, against one without limits.
+
+    A forward pass is a third of the work.
+    """
     packed = setup.precision == "nf4" and not setup.unpacked
     return 1 + twice / 3 + (NF4_PASS if packed else PASS) / tokens
 

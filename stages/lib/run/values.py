@@ -121,3 +121,23 @@ class Texts(click.ParamType[Any]):
 def flat(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...]:
     """The `Texts` of a repeated option as one tuple without repeats."""
     return tuple(dict.fromkeys(text for texts in value or () for text in texts))
+
+
+class Prices(click.ParamType[Any]):
+    """A price above 0, or several by name: `2.5`, `H100=2.5,L4=0.7`. Pairs of name, empty for all, and price."""
+
+    name = "price"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, float], ...]:
+        """`value` as pairs, or click's usage error."""
+        if isinstance(value, tuple):
+            return value
+        found = []
+        for word in value.split(","):
+            name, _, said = word.rpartition("=")
+            found.append((name.strip(), Number(above=0).convert(said.strip(), param, ctx)))
+        if len(found) > 1 and not all(name for name, _ in found):
+            self.fail(f"{value!r} has a price without a name; write NAME=PRICE each.", param, ctx)
+        return tuple(found)
