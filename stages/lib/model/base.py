@@ -74,15 +74,12 @@ class Base:
         """
         found = known.config(sample.HUB_ID if self.is_sample else self.name)
         if self.is_local:
-            self.folder, where = self.path.resolve(), str(self.path)
+            self.folder, where = self.path.resolve(), str(self.path / "config.json")
         elif found:
-            self.folder, self.config, where = (
-                self.path,
-                found,
-                "the sizes of it that are known here",
-            )
+            self.folder, self.config = self.path, found
+            where = "the list of common bases that comes with this program"
         elif there := self._cached():
-            self.folder, where = there, "the cache"
+            self.folder, where = there, "the hub's cache"
         else:
             self.folder, self.commit = access.snapshot(self.name, self.revision, "config")
             where = f"the hub, at {self.commit[:12]}"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.lib.model import plan
 from stages.lib.model.architecture import Architecture, Setup
@@ -20,7 +20,6 @@ from stages.lib.run import cards
 from stages.lib.run.cards import Card
 
 MEASURED = Path(__file__).with_name("measured.json")
-LOOKED_AT = 100_000  # rows whose lengths say what those of all are like
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,12 @@ class Rows:
 
     lengths: Sequence[int]
     learned: float = 1.0
+    MOST: ClassVar[int] = 100_000  # rows that say what all are like
 
     @classmethod
     def of(cls, lengths: Any, learned: Any) -> "Rows":
         """From tokens of each row, and learned tokens of each: arrays of int64, [rows]."""
-        return cls(lengths[:LOOKED_AT].tolist(), float(learned.sum() / max(lengths.sum(), 1)))
+        return cls(lengths[: cls.MOST].tolist(), float(learned.sum() / max(lengths.sum(), 1)))
 
 
 @functools.cache

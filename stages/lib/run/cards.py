@@ -103,5 +103,19 @@ def named(words: str) -> list[Card]:
     return found
 
 
+def prices(given: str | None) -> dict[str, float]:
+    """What an hour of each card costs, from a setting of `Prices`; a price without a name is that of all.
+
+    Raises:
+        BadSetting: a name is not known.
+    """
+    found: dict[str, float] = {}
+    for word in given.split(",") if given else ():
+        name, _, price = word.rpartition("=")
+        meant = named(name) if name.strip() else CARDS
+        found |= dict.fromkeys([card.name for card in meant], float(price))
+    return found
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -124,20 +124,17 @@ def flat(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, .
 
 
 class Prices(click.ParamType[Any]):
-    """A price above 0, or several by name: `2.5`, `H100=2.5,L4=0.7`. Pairs of name, empty for all, and price."""
+    """A price above 0, `2.5`, or several by name, `H100=2.5,L4=0.7`; as it was given, once checked."""
 
     name = "price"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[str, float], ...]:
-        """`value` as pairs, or click's usage error."""
-        if isinstance(value, tuple):
-            return value
-        found = []
-        for word in value.split(","):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """`value`, or click's usage error."""
+        names = []
+        for word in str(value).split(","):
             name, _, said = word.rpartition("=")
-            found.append((name.strip(), Number(above=0).convert(said.strip(), param, ctx)))
-        if len(found) > 1 and not all(name for name, _ in found):
+            names.append(name.strip())
+            Number(above=0).convert(said.strip(), param, ctx)
+        if len(names) > 1 and not all(names):
             self.fail(f"{value!r} has a price without a name; write NAME=PRICE each.", param, ctx)
-        return tuple(found)
+        return str(value)
