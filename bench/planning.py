@@ -2,8 +2,8 @@
 
 `python -m bench.planning`, from the root of the repository; a second, no GPU. Reads `results/train.json` and
 `results/two-gpus.jsonl`, fits the figures of `stages/lib/model/speed.py` to the runs of ours on one GPU, and
-writes them and the runs to `stages/lib/model/measured.json`, which the image has, and the table of every run,
-predicted against measured, into `docs/planning.md`.
+writes them and the runs to `stages/lib/model/measured.json`, which the image has, and into `docs/planning.md` the
+table of every run, predicted against measured, and that of the GPUs.
 
 The fit is that of least squares over how far each run's predicted time is off, as a share of the measured one.
 """
@@ -21,6 +21,8 @@ from bench.train_results import RANK
 from stages.lib.model import plan, speed
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.report import past
+from stages.lib.run import cards
+from stages.lib.run.gpu import dotted
 
 RESULTS = ROOT / "bench/results"
 PAGE = ROOT / "docs/planning.md"
@@ -30,7 +32,7 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
 }  # fmt: skip
-BEGIN, END = "<!-- by python -m bench.planning -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- {} by python -m bench.planning -->\n", "<!-- end -->\n"
 
 
 def runs() -> list[dict[str, Any]]:
@@ -131,9 +133,27 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpus() -> str:
+    """The GPUs that are known, as Markdown."""
+    lines = [
+        "| GPU | GB | MiB that the driver has | compute capability | bf16 | fp8 | fp32 | GB/s | rates by |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for card in cards.CARDS:
+        rates = (f"{rate:,g}" if rate else "-" for rate in (card.bf16, card.fp8, card.fp32))
+        lines.append(
+            f"| {card.name} | {card.gigabytes} | {card.mebibytes:,} | {dotted(card.capability)} "
+            f"| {' | '.join(rates)} | {card.bandwidth:,} | {card.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def page(text: str) -> str:
-    """The page with the table of now."""
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + table() + END, text, flags=re.S)
+    """The page with the tables of now."""
+    for name, made in {"runs": table(), "GPUs": gpus()}.items():
+        begin = BEGIN.format(name)
+        text = re.sub(f"{begin}.*?{END}", lambda _, all=begin + made + END: all, text, flags=re.S)
+    return text
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def train(
             "predicted_tokens_per_second": predicted(
                 tuned.config.to_dict(), replace(setup, unpacked=quick.unpacked), load.describe_device()["name"],
                 Rows.of(rows.lengths, rows.trained), choice, batch_tokens, ranks.count,
-            ),
+            ) if quick.packed else None,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
             "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul, ranks.count),
         }  # fmt: skip

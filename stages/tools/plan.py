@@ -6,7 +6,6 @@ finished runs beside it. Writes sentences and tables or JSON to standard output,
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import click
@@ -35,11 +34,13 @@ from stages.lib.run.values import Prices
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the tables.")
 @options.run_dir
+@click.pass_context
 def plan(
-    base_model: str, base_revision: str | None, base_precision: str, rank: int, targets: tuple[str, ...],
+    ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
+    targets: tuple[str, ...],
     optimizer: str, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, num_gpus: int,
     gpu: str | None, price_per_hour: str | None, dataset: str | None, as_json: bool,
-    run_dir: Path, **given: object,
+    run_dir: Path, **recipe: object,
 ) -> None:  # fmt: skip
     """Say what fits on which GPU, how long it takes, what it costs."""
     from stages.lib.data import bins
@@ -55,12 +56,7 @@ def plan(
     base = Base(base_model, base_revision)
     where = base.consult()
     sources = len(wanted.parse(dataset)) if dataset else 1
-    about = {
-        "batch_tokens": batch_tokens,
-        "micro_batch_tokens": micro_batch_tokens,
-        "num_gpus": num_gpus,
-    }
-    found = amount.find(run_dir, given | about, sources)
+    found = amount.find(run_dir, ctx.params, sources)
     bins.check_sizes(batch_tokens, micro_batch_tokens, found.longest, num_gpus)
     base.check_length(found.longest)
     order = forecast.Order(
@@ -78,5 +74,5 @@ def plan(
         }
         click.echo(json.dumps(forecast.facts(order, found, fits, off, said), indent=1))
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-    click.echo(forecast_page.text(order, found, fits, off, min(width, WIDTH)))
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+    click.echo(forecast_page.text(order, found, fits, off, width))

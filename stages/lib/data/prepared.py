@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from stages.lib.data import conversation
 from stages.lib.data.formats import Format
+from stages.lib.data.lengths import PARTS as PARTS
 from stages.lib.data.preparation import Batch
 
-PARTS = ("train", "held_out")
 PROMPTS = "prompts.jsonl"
 PROMPTS_KEPT = 64
 
@@ -150,17 +150,6 @@ class Part:
         source = int(self.sources[row])
         name = self.names[source] if self.names else source
         return {"source": name, "row": int(self.numbers[row]), "tokens": int(self.lengths[row])}
-
-
-def row_lengths(folder: Path, part: str) -> npt.NDArray[np.int64]:
-    """Tokens of each row of a part, [rows]; `datasets` is not needed for it."""
-    import pyarrow as pa
-
-    found = [np.empty(0, np.int64)]
-    with pa.memory_map(str(folder / f"{part}.arrow")) as file:
-        for batch in pa.ipc.open_stream(file):
-            found.append(np.diff(batch.column("input_ids").offsets.to_numpy()).astype(np.int64))
-    return np.concatenate(found)
 
 
 def _true_counts(masks: Any) -> npt.NDArray[np.int64]:

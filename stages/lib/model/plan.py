@@ -4,6 +4,7 @@ The activations of a layer are counted as what its backward pass reads again; ag
 within 10 % (tests/lib/model/test_plan.py has them).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -164,20 +165,21 @@ def choices(
         sizes: tokens of a forward pass that may be. room: bytes of the GPU. recompute: `auto`, `none`, `all` or
             `offload`. spare: bytes of the host that may be taken.
     """
-    found = []
+    found: list[Choice] = []
     for size in sizes:
-        for cuts in _cuts(shape, setup, size, recompute):
+        for cuts in _cuts(shape, setup, size, recompute, spare):
             fitting = (c for c in cuts if c.memory and c.memory.total <= room)
-            found += [
+            held = (
                 c for c in fitting if c.tokens * host(shape, setup, c.offloaded, c.lean) <= spare
-            ][:1]
+            )
+            found += itertools.islice(held, 1)
     return sorted(found, key=lambda choice: choice.cost)
 
 
 def _cuts(
-    shape: Architecture, setup: Setup, size: int, recompute: str
+    shape: Architecture, setup: Setup, size: int, recompute: str, spare: int
 ) -> Iterator[Iterator[Choice]]:
-    """Passes of one size that recompute, and passes that offload, each from the fastest on."""
+    """Passes of one size that recompute, and passes that offload if they may, each from the fastest on."""
     layers = shape.layers
     numbers = {"auto": range(layers + 1), "none": range(1), "all": range(layers, layers + 1)}
     yield (
@@ -185,7 +187,8 @@ def _cuts(
         for n in numbers.get(recompute, ())
     )
     numbers = {"auto": range(RESIDENT + 1, layers + 1), "offload": range(layers, layers + 1)}
-    yield (offloading(shape, setup, size, n) for n in numbers.get(recompute, ()))
+    if spare or recompute == "offload":
+        yield (offloading(shape, setup, size, n) for n in numbers.get(recompute, ()))
 
 
 def offloading(shape: Architecture, setup: Setup, tokens: int, offloaded: int) -> Choice:

@@ -72,27 +72,44 @@ def _of_settings(given: dict[str, Any], sources: int) -> Amount:
     return Amount(tokens, steps, longest, Rows([longest]), evaluated, True, source)
 
 
+def _changed(made: artifact.Artifact, given: dict[str, Any]) -> str:
+    """What has changed since the data was prepared, as far as it says how much there is."""
+    was = {
+        name: made.setting(name.upper())
+        for name in ("max_rows", "max_length", "validation_fraction")
+    }
+    said = [
+        f"{n.upper()} was {old}, is now {given[n]}" for n, old in was.items() if old != given[n]
+    ]
+    base = made.manifest["inputs"]["base"]["name"]
+    if base != given["base_model"]:
+        said.append(f"it was prepared for {base}")
+    return ", ".join(said)
+
+
 def _of_data(made: artifact.Artifact, given: dict[str, Any]) -> Amount:
     import numpy as np
 
-    from stages.lib.data import bins, prepared
+    from stages.lib.data import bins, lengths
 
-    lengths, held_out = (prepared.row_lengths(made.path, part) for part in prepared.PARTS)
-    longest, total, batch = int(lengths.max()), int(lengths.sum()), given["batch_tokens"]
+    rows, held_out = (lengths.of_part(made.path, part) for part in lengths.PARTS)
+    longest, total, batch = int(rows.max()), int(rows.sum()), given["batch_tokens"]
     size = cutting.sizes(batch, longest, given["micro_batch_tokens"], given["num_gpus"])[0]
     bins.check_sizes(batch, given["micro_batch_tokens"], longest, given["num_gpus"])
     epochs, most, seed = given["epochs"], given["max_steps"], given["seed"]
-    if len(lengths) <= PACKED:
-        plan = bins.Schedule(lengths, size, batch // size, epochs, most, seed)
+    if len(rows) <= PACKED:
+        plan = bins.Schedule(rows, size, batch // size, epochs, most, seed)
         steps, share = plan.steps, plan.total_bins / plan.bins_per_epoch
     else:
         steps = most or -(-round(total * epochs) // batch)
         share = steps * batch / total if most else epochs
     metrics = made.metrics
     learned = metrics["trainable_tokens"] / max(metrics["tokens"], 1)
-    some = np.random.default_rng(0).permutation(lengths)[: Rows.MOST]
+    some = np.random.default_rng(0).permutation(rows)[: Rows.MOST]
     read = min(cutting.evaluated(share * total), int(held_out.sum()))
-    source = f"{len(lengths):,} rows and {total:,} tokens in {made.path}, {share:.3g} times"
+    source = f"{len(rows):,} rows and {total:,} tokens in {made.path}, {share:.3g} times"
+    if changed := _changed(made, given):
+        source += f"; but {changed}: run `prepare-data` again"
     return Amount(
         round(share * total), steps, longest, Rows(some.tolist(), learned),
         cutting.EVALUATIONS * read, False, source,

@@ -132,6 +132,9 @@ def notes(order: Order, amount: Amount, fits: Sequence[Fit], off: dict[str, Any]
         )
     if any(fit.setup.precision == "fp32" and fit.choice for fit in fits):
         said.append("No run with an fp32 base was measured.")
+    hosts = [fit.facts(order.shape)["host_bytes"] or 0 for fit in fits]
+    if any(hosts):
+        said.append(f"Offloading takes up to {max(hosts) / GIB:.1f} GiB of the host for each GPU.")
     if order.recompute == "auto":
         said.append(
             "Where `train` finds room on the host, it may offload, and be faster than said."
@@ -197,28 +200,28 @@ def _without(fits: Sequence[Fit]) -> list[str]:
 
 def parts(order: Order, width: int) -> str:
     """Memory of a pass by part in the base's precision, and in all of them together."""
-    found = memory(order)
+    found, narrow = memory(order), width < NARROW
     asked = "fp8" if order.setup.precision == "auto" else order.setup.precision
-    own = [row for row in found if row["base_precision"] == asked and not row["dequantised_once"]]
+    own = [r for r in found if r["base_precision"] == asked and not r["dequantised_once"]]
+    names = () if narrow else PARTS
     rows = [
-        (f"{row['pass_tokens']:,}", *(f"{row[name] / GIB:.2f}" for name in PARTS),
+        (f"{row['pass_tokens']:,}", *(f"{row[name] / GIB:.2f}" for name in names),
          _both(row, "activations"), _both(row, "total"))
         for row in own
     ]  # fmt: skip
-    first = table(
-        (f"{asked}: a pass", *PARTS, "activations", "together"),
-        rows, max(width, 80), right=True,
-    )  # fmt: skip
+    headings = (f"{asked}: a pass", *names, "activations", "together")
+    drawn = [table(headings, rows, width, right=True)]
+    if narrow:
+        drawn.append("  " + ", ".join(f"{name} {own[0][name] / GIB:.2f}" for name in PARTS))
+    ends = list(dict.fromkeys((order.cuts[0], order.cuts[-1]))) if narrow else list(order.cuts)
     every: dict[str, list[str]] = {}
     for row in found:
         name = "nf4, bf16" if row["dequantised_once"] else row["base_precision"]
-        every.setdefault(name, [f"{row['weights'] / GIB:.2f}"]).append(_both(row, "total"))
-    sizes = [f"{size:,}" for size in order.cuts]
-    second = table(
-        ("base", "weights", *sizes), [(n, *v) for n, v in every.items()], max(width, 80), right=True
-    )
-    legend = "  GiB; with all activations kept / with all computed again."
-    return f"{first}\n\n{second}\n{legend}"
+        cells = every.setdefault(name, [f"{row['weights'] / GIB:.2f}"])
+        cells += [_both(row, "total")] * (row["pass_tokens"] in ends)
+    headings = ("base", "weights", *(f"{size:,}" for size in ends))
+    drawn += ["", table(headings, [(n, *cells) for n, cells in every.items()], width, right=True)]
+    return "\n".join([*drawn, "  GiB; with all activations kept / with all computed again."])
 
 
 def _both(row: dict[str, Any], name: str) -> str:
@@ -240,7 +243,7 @@ def beside(off: dict[str, Any], width: int) -> str:
         percents = ["-" if pair[2] is None else f"{pair[2]:+.1f} %" for pair in pairs]
         rows.append((run["run"], *cells[:2], percents[0], *cells[2:], percents[1]))
     headings = ("finished run", "GiB said", "was", "off", "tokens/s said", "was", "off")
-    return table(headings, rows, max(width, 80), right=True) if rows else ""
+    return table(headings, rows, width, right=True) if rows else ""
 
 
 def _wrapped(lines: Sequence[str], width: int, mark: str = "") -> str:

@@ -76,7 +76,7 @@ def measured() -> list[Past]:
 
 
 def beside(run_dir: Path) -> list[Past]:
-    """The finished runs in the folder that a run directory lies in, the latest first."""
+    """The finished runs in the folder that a run directory lies in, if they were planned; the latest first."""
     folders = run_dir.absolute().parent.glob("*/adapter/manifest.json")
     found = []
     for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[:SHOWN]:
@@ -93,7 +93,7 @@ def beside(run_dir: Path) -> list[Past]:
                     *(known("predicted_tokens_per_second"), known("tokens_per_second")),
                 )
             )
-    return found
+    return [run for run in found if (run.memory_off, run.speed_off) != (None, None)]
 
 
 def spread(found: Sequence[float | None]) -> tuple[float, float] | None:

@@ -76,7 +76,9 @@ CARDS = (
 
 
 def known(name: str) -> Card | None:
-    """The card of a driver's name, such as `NVIDIA H100 80GB HBM3`; None where it is not in the table."""
+    """The card of a driver's name, such as `NVIDIA H100 80GB HBM3`; None for others, and parts of one."""
+    if re.search(r"MIG|Laptop", name):
+        return None
     return next((card for card in CARDS if re.search(card.pattern, name, re.I)), None)
 
 
