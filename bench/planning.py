@@ -2,8 +2,8 @@
 
 `python -m bench.planning`, from the root of the repository; a second, no GPU. Reads `results/train.json` and
 `results/two-gpus.jsonl`, fits the figures of `stages/lib/model/speed.py` to the runs of ours on one GPU, and
-writes them and the runs to `stages/lib/model/measured.json`, which the image has, and into `docs/planning.md` the
-table of every run, predicted against measured, and that of the GPUs.
+writes them and the runs to `stages/lib/model/measured.json`, which the image has; into `docs/planning.md` go
+the table of every run, predicted against measured, and that of the GPUs.
 
 The fit is that of least squares over how far each run's predicted time is off, as a share of the measured one.
 """

@@ -301,6 +301,7 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert metrics["base_precision"] == "fp8"
     assert metrics["recomputed_layers"] == 0
     assert metrics["predicted_gpu_bytes"] is None  # nothing is planned without a GPU
+    assert metrics["predicted_tokens_per_second"] is None
     assert metrics["matmul_ceiling_share"] is None
     assert metrics["model_flops_per_second"] > 0
     assert metrics["step_seconds"] > 0
