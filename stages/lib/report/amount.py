@@ -99,18 +99,20 @@ def _of_data(made: artifact.Artifact, given: dict[str, Any]) -> Amount:
     epochs, most, seed = given["epochs"], given["max_steps"], given["seed"]
     if len(rows) <= PACKED:
         plan = bins.Schedule(rows, size, batch // size, epochs, most, seed)
-        steps, share = plan.steps, plan.total_bins / plan.bins_per_epoch
+        steps, (whole, rest) = plan.steps, divmod(plan.total_bins, plan.bins_per_epoch)
+        last = (plan.rows(whole * plan.bins_per_epoch + number) for number in range(rest))
+        tokens = whole * total + sum(int(rows[found].sum()) for found in last)
     else:
-        steps = most or -(-round(total * epochs) // batch)
-        share = steps * batch / total if most else epochs
+        tokens = most * batch if most else round(total * epochs)
+        steps = most or -(-tokens // batch)
     metrics = made.metrics
     learned = metrics["trainable_tokens"] / max(metrics["tokens"], 1)
     some = np.random.default_rng(0).permutation(rows)[: Rows.MOST]
-    read = min(cutting.evaluated(share * total), int(held_out.sum()))
-    source = f"{len(rows):,} rows and {total:,} tokens in {made.path}, {share:.3g} times"
+    read = min(cutting.evaluated(steps * batch), int(held_out.sum()))
+    source = f"{len(rows):,} rows and {total:,} tokens in {made.path}, {tokens / total:.3g} times"
     if changed := _changed(made, given):
         source += f"; but {changed}: run `prepare-data` again"
     return Amount(
-        round(share * total), steps, longest, Rows(some.tolist(), learned),
+        tokens, steps, longest, Rows(some.tolist(), learned),
         cutting.EVALUATIONS * read, False, source,
     )  # fmt: skip

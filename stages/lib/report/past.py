@@ -13,6 +13,10 @@ from stages.lib.run.cards import Card
 from stages.lib.run.exits import BadData
 
 SHOWN = 8  # runs, the latest
+# Of an adapter's metrics: what `train` records.
+RECORDED = (
+    "predicted_gpu_bytes", "peak_gpu_bytes", "predicted_tokens_per_second", "tokens_per_second",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Past:
     peak_bytes: float | None
     predicted_speed: float | None
     speed: float | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def memory_off(self) -> float | None:
@@ -70,7 +74,14 @@ def measured() -> list[Past]:
         )
         name = f"{run['script']} {run['workload']} {run['precision']}"
         found.append(
-            Past(name, memory.total, run["peak_gib"] * 2**30, fast, run["tokens_per_second"], run)
+            Past(
+                name,
+                memory.total,
+                run["peak_gib"] * 2**30,
+                fast,
+                run["tokens_per_second"],
+                facts=run,
+            )
         )
     return found
 
@@ -85,15 +96,13 @@ def beside(run_dir: Path) -> list[Past]:
         except BadData:
             continue  # whoever uses that run is told
         if made:
-            known = made.metrics.get
-            found.append(
-                Past(
-                    path.parent.parent.name,
-                    *(known("predicted_gpu_bytes"), known("peak_gpu_bytes")),
-                    *(known("predicted_tokens_per_second"), known("tokens_per_second")),
-                )
-            )
+            values = (_number(made.metrics.get(name)) for name in RECORDED)
+            found.append(Past(path.parent.parent.name, *values))
     return [run for run in found if (run.memory_off, run.speed_off) != (None, None)]
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
 
 
 def spread(found: Sequence[float | None]) -> tuple[float, float] | None:
