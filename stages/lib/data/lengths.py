@@ -17,6 +17,6 @@ def of_part(folder: Path, part: str) -> npt.NDArray[np.int64]:
         for batch in pa.ipc.open_stream(file):
             offsets = batch.column("input_ids").offsets
             # Not `to_numpy`, which imports pandas.
-            whole = np.frombuffer(offsets.buffers()[1], np.int32)
-            found.append(np.diff(whole[offsets.offset :][: len(offsets)]).astype(np.int64))
+            bounds = np.frombuffer(offsets.buffers()[1], np.int32, len(offsets))
+            found.append(np.diff(bounds).astype(np.int64))
     return np.concatenate(found)

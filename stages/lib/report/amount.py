@@ -99,16 +99,17 @@ def _of_data(made: artifact.Artifact, given: dict[str, Any]) -> Amount:
     epochs, most, seed = given["epochs"], given["max_steps"], given["seed"]
     if len(rows) <= PACKED:
         plan = bins.Schedule(rows, size, batch // size, epochs, most, seed)
+        space = plan.total_bins * size
         steps, (whole, rest) = plan.steps, divmod(plan.total_bins, plan.bins_per_epoch)
         last = (plan.rows(whole * plan.bins_per_epoch + number) for number in range(rest))
         tokens = whole * total + sum(int(rows[found].sum()) for found in last)
     else:
         tokens = most * batch if most else round(total * epochs)
-        steps = most or -(-tokens // batch)
+        steps, space = most or -(-tokens // batch), tokens
     metrics = made.metrics
     learned = metrics["trainable_tokens"] / max(metrics["tokens"], 1)
     some = np.random.default_rng(0).permutation(rows)[: Rows.MOST]
-    read = min(cutting.evaluated(steps * batch), int(held_out.sum()))
+    read = min(cutting.evaluated(space), int(held_out.sum()))
     source = f"{len(rows):,} rows and {total:,} tokens in {made.path}, {tokens / total:.3g} times"
     if changed := _changed(made, given):
         source += f"; but {changed}: run `prepare-data` again"

@@ -66,7 +66,7 @@ def test_steps_are_those_of_the_schedule(run: Path, epochs: float, steps: int | 
     assert found.rows.learned == 0.25
     assert sorted(found.rows.lengths) == sorted(train_lengths().tolist())
     held_out = int(lengths.of_part(run / "data", "held_out").sum())
-    assert found.evaluated == 4 * min(cutting.evaluated(whole.steps * 4096), held_out)
+    assert found.evaluated == 4 * min(cutting.evaluated(whole.total_bins * size), held_out)
 
 
 def test_very_many_rows_are_not_packed_and_counted_alike(
