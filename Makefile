@@ -50,7 +50,7 @@ submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
+.PHONY: help setup demo test test-faults check docs plan doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -73,6 +73,8 @@ demo: .venv/ready prepare-data train evaluate generate merge report ## All stage
 
 doctor: $(ready) ## Check what a run with this preset needs
 	$(stage) doctor
+plan: $(ready) ## Say what fits on which GPU, how long it takes, what it costs
+	$(stage) plan
 fetch: $(ready) ## Bring base and data onto the volume, pinned, for runs without a network
 	$(stage) fetch
 prepare-data: $(ready) ## Tokenise the data set and account for every row

@@ -43,12 +43,13 @@ def _register() -> None:
     from stages.tools.fetch import fetch
     from stages.tools.job import job
     from stages.tools.options import options
+    from stages.tools.plan import plan
     from stages.tools.push import push
     from stages.tools.report import report
     from stages.train import train
 
     for command in (
-        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
+        plan, doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
         job, copy, options,
     ):  # fmt: skip
         stages.add_command(command)

@@ -31,14 +31,8 @@ from stages.lib.run.values import Names, Number
 )  # fmt: skip
 @options.base_model
 @options.base_revision
-@setting(
-    "--max-rows", "MAX_ROWS", type=Number(int, low=1),
-    help="Use only the first rows of each source. [default: all]",
-)  # fmt: skip
-@setting(
-    "--max-length", "MAX_LENGTH", type=Number(int, low=8), default=1024,
-    help="Longest row, in tokens with EOS.",
-)  # fmt: skip
+@options.max_rows
+@options.max_length
 @setting(
     "--on-long", "ON_LONG", type=click.Choice(["truncate", "split", "drop", "error"]), default="truncate",
     help="What happens to a longer row; a truncated one still ends in EOS.",
@@ -47,10 +41,7 @@ from stages.lib.run.values import Names, Number
     "--loss-on", "LOSS_ON", type=click.Choice(["assistant", "all"]), default="assistant",
     help="Learn what the assistant says, or all tokens.",
 )  # fmt: skip
-@setting(
-    "--validation-fraction", "VALIDATION_FRACTION", type=Number(low=0, high=0.5), default=0.05,
-    help="Share of rows held out, unless the data set has a test split of its own.",
-)  # fmt: skip
+@options.validation_fraction
 @setting(
     "--duplicates", "DUPLICATES", type=click.Choice(["drop", "keep", "near"]), default="drop",
     help="Rows that were there before; near drops those that are almost the same too.",

@@ -12,102 +12,15 @@ from pathlib import Path
 
 import click
 
-from stages.lib.run import options
+from stages.lib.run import learning, options
 from stages.lib.run.options import run_options
 from stages.lib.run.rundir import Run
-from stages.lib.run.settings import Stage, setting
-from stages.lib.run.values import Number
+from stages.lib.run.settings import Stage
 from stages.lib.run.versions import versions
 
 
 @click.command("train", cls=Stage)
-@options.base_model
-@options.base_revision
-@options.base_precision
-@options.rank
-@setting(
-    "--alpha",
-    "LORA_ALPHA",
-    type=Number(above=0),
-    default=16,
-    help="The adapter is scaled by alpha / rank.",
-)
-@setting(
-    "--dropout",
-    "LORA_DROPOUT",
-    type=Number(low=0, high=0.99),
-    default=0.05,
-    help="On the adapter's input.",
-)
-@options.targets
-@setting(
-    "--init-adapter",
-    "INIT_ADAPTER",
-    type=click.Path(path_type=Path),
-    help="Adapter folder to start from.",
-)
-@setting(
-    "--learning-rate",
-    "LEARNING_RATE",
-    type=Number(above=0),
-    default=2e-4,
-    help="Peak learning rate.",
-)
-@setting(
-    "--epochs",
-    "EPOCHS",
-    type=Number(above=0),
-    default=1,
-    help="Passes over the data; may be a fraction.",
-)
-@setting(
-    "--max-steps", "MAX_STEPS", type=Number(int, low=1), help="Optimizer steps, instead of EPOCHS."
-)
-@setting(
-    "--schedule", "SCHEDULE", type=click.Choice(["cosine", "linear", "constant"]), default="cosine",
-    help="Learning rate after the warm-up.",
-)  # fmt: skip
-@setting(
-    "--warmup", "WARMUP", type=Number(low=0, high=0.99), default=0.03, help="Share of the steps."
-)
-@setting(
-    "--max-grad-norm",
-    "MAX_GRAD_NORM",
-    type=Number(above=0),
-    default=1.0,
-    help="Longer gradients are cut.",
-)
-@setting(
-    "--weight-decay",
-    "WEIGHT_DECAY",
-    type=Number(low=0),
-    default=0,
-    help="Decoupled, on the adapter.",
-)
-@options.optimizer
-@setting(
-    "--batch-tokens", "BATCH_TOKENS", type=Number(int, low=1), default=16384, help="Tokens a step."
-)
-@setting(
-    "--micro-batch-tokens", "MICRO_BATCH_TOKENS", type=Number(int, low=1),
-    help="Tokens a forward pass; BATCH_TOKENS is a multiple. [default: the largest that fits]",
-)  # fmt: skip
-@setting(
-    "--recompute", "RECOMPUTE", default="auto",
-    type=click.Choice(["auto", "all", "none", "offload"]),
-    help="Gradient checkpointing: activations computed again; offload has part of them in the host's memory "
-    "instead; auto does what memory asks for.",
-)  # fmt: skip
-@options.seed
-@setting(
-    "--num-gpus", "NUM_GPUS", type=Number(int, low=1), default=1, identity=False,
-    help="GPUs of this host that share each step's tokens; on the CPU, processes.",
-)  # fmt: skip
-@setting(
-    "--sharding", "SHARDING", type=click.Choice(["auto", "none", "full"]), default="auto", identity=False,
-    help="Of several GPUs each has a part of the base (full) or all of it (none); auto: a part where all "
-    "does not fit.",
-)  # fmt: skip
+@learning.settings
 @options.expect_gpu
 @run_options
 @click.pass_context
@@ -166,6 +79,7 @@ def train(
         from stages.lib.data.tokens import Tokens
         from stages.lib.model import adapter, ceiling, health, history, load, memory, training
         from stages.lib.model.plan import Choice
+        from stages.lib.model.speed import Rows, predicted
 
         tokens = Tokens(base.folder)
         chat_format = Format.load(data.path, tokens)
@@ -226,6 +140,10 @@ def train(
             "gpus": ranks.count,
             "predicted_gpu_bytes": choice.memory and choice.memory.total,
             "predicted_gpu_parts": choice.memory and asdict(choice.memory),
+            "predicted_tokens_per_second": predicted(
+                tuned.config.to_dict(), replace(setup, unpacked=quick.unpacked), load.describe_device()["name"],
+                Rows.of(rows.lengths, rows.trained), choice, batch_tokens, ranks.count,
+            ) if quick.packed else None,
             "peak_gpu_bytes": load.peak_gpu_bytes(),
             "matmul_ceiling_share": ceiling.share(speed.get("model_flops_per_second"), matmul, ranks.count),
         }  # fmt: skip

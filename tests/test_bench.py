@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench import evaluate, generate, quality, train
+from bench import evaluate, generate, planning, quality, train
 from bench.train_results import SEVEN, merge, operations, table
+from stages.lib.model import speed
+from stages.lib.report import past
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -66,6 +68,31 @@ def test_a_token_of_llama_2_takes_what_was_counted_by_hand() -> None:
     assert every["other"] - found["other"] == pytest.approx(6 * (0.03998 - 0.00839), rel=1e-3)
     mixed = operations(LLAMA, "q_proj,v_proj", [1024, 3072])  # a token in a longer row costs more
     assert mixed["other"] > found["other"]
+
+
+def test_what_plan_rests_on_is_what_was_measured() -> None:
+    assert json.loads(speed.MEASURED.read_text()) == planning.measured(), "run bench.planning"
+    text = planning.PAGE.read_text()
+    assert planning.page(text) == text, "run `python -m bench.planning`"
+    assert planning.table() in text
+    assert planning.gpus() in text
+    measured = {(r["tokens_per_second"], r["peak_gib"]) for r in planning.runs()}
+    for result in json.loads(train.RESULTS.read_text()):
+        own = result["system"].startswith("lora-stages")
+        assert ((result["tokens_per_second"], result["peak_gib"]) in measured) == own
+
+
+def test_the_fit_finds_the_figures_that_made_the_times() -> None:
+    """Of runs whose times are made from known figures, so that what it finds can be told right from wrong."""
+    made = {"products": 1.25, "layers": 11.0, "adapters": 5.0}
+    found = []
+    for run in (run for run in planning.runs() if run["gpus"] == 1):
+        shape, setup, card, rows, choice = past.of_run(planning.CONFIG, run)
+        parts = speed.work(shape, setup, card, rows)
+        assert parts
+        seconds = sum(n * rate for n, rate in zip(parts, made.values(), strict=True))
+        found.append(run | {"tokens_per_second": 1 / (seconds * speed.cost(shape, setup, choice))})
+    assert planning.fit(found) == pytest.approx(made, rel=1e-3)
 
 
 def result(workload: str, system: str, speed: float, **facts: Any) -> dict[str, Any]:

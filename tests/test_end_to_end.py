@@ -301,9 +301,17 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert metrics["base_precision"] == "fp8"
     assert metrics["recomputed_layers"] == 0
     assert metrics["predicted_gpu_bytes"] is None  # nothing is planned without a GPU
+    assert metrics["predicted_tokens_per_second"] is None
     assert metrics["matmul_ceiling_share"] is None
     assert metrics["model_flops_per_second"] > 0
     assert metrics["step_seconds"] > 0
+    told = run_stages(tmp_path, *preset, "plan", "--json", env=env)
+    assert told.returncode == 0, told.stderr
+    planned = json.loads(told.stdout)
+    assert planned["amount"]["steps"] == metrics["steps"]
+    assert planned["amount"]["tokens"] == metrics["tokens"]
+    assert planned["adapter"]["parameters"] == metrics["trainable_parameters"]
+    assert planned["off"]["beside"] == []
     steps = [entry for entry in metrics["history"] if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, metrics["steps"] + 1))
     assert all(entry.keys() == {"step", "loss", "learning_rate", "grad_norm"} for entry in steps)

@@ -9,6 +9,7 @@ from tests.conftest import Stages
 
 COMMANDS = [
     "",
+    "plan",
     "doctor",
     "fetch",
     "prepare-data",

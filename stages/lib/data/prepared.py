@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from stages.lib.data import conversation
 from stages.lib.data.formats import Format
+from stages.lib.data.lengths import PARTS as PARTS
 from stages.lib.data.preparation import Batch
 
-PARTS = ("train", "held_out")
 PROMPTS = "prompts.jsonl"
 PROMPTS_KEPT = 64
 

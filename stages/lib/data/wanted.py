@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from stages.lib.data import remote
 from stages.lib.run.exits import BadSetting
-from stages.lib.run.settings import setting
+from stages.lib.run.settings import Decorator, setting
 
 WEIGHED = re.compile(r"(?P<name>.+)=(?P<weight>[^=/,]*)", re.S)
 PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>.+)")
@@ -99,10 +99,15 @@ def plain(dataset: str) -> str:
     return ",".join(map(remote.plain, _items(dataset)))
 
 
-dataset = setting(
-    "--dataset", "DATASET", required=True, shown=plain,
-    help="Hub id, file, folder, glob, URL or `sample`; several with commas between, NAME@REVISION=WEIGHT each.",
-)  # fmt: skip
+def _dataset(required: bool) -> Decorator:
+    return setting(
+        "--dataset", "DATASET", required=required, shown=plain,
+        help="Hub id, file, folder, glob, URL or `sample`; several with commas between, "
+        "NAME@REVISION=WEIGHT each.",
+    )  # fmt: skip
+
+
+dataset, dataset_or_none = _dataset(True), _dataset(False)
 dataset_revision = setting(
     "--dataset-revision", "DATASET_REVISION", help="Commit, tag or branch of a hub data set."
 )

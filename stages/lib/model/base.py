@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stages.lib.model import sample
-from stages.lib.run import access, hub
+from stages.lib.model import known, sample
+from stages.lib.run import access, fetched, hub
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
 from stages.lib.run.progress import say
 
@@ -65,6 +65,36 @@ class Base:
             self.folder, self.commit = access.snapshot(self.name, self.revision, what, verify)
         self._check(weights)
         return self.folder
+
+    def consult(self) -> str:
+        """Read its config alone, wherever it is nearest; where that was, in words.
+
+        Of a folder nothing but `config.json` need be there. A hub id is looked up among those that are known
+        here, then in the hub's cache, and last on the hub.
+        """
+        found = known.config(sample.HUB_ID if self.is_sample else self.name)
+        if self.is_local:
+            self.folder, where = self.path.resolve(), str(self.path / "config.json")
+        elif found:
+            self.folder, self.config = self.path, found
+            where = "the list of common bases that comes with this program"
+        elif there := self._cached():
+            self.folder, where = there, "the hub's cache"
+        else:
+            self.folder, self.commit = access.snapshot(self.name, self.revision, "config")
+            where = f"the hub, at {self.commit[:12]}"
+        self._check(weights=False)
+        return where
+
+    def _cached(self) -> Path | None:
+        """The folder of what the hub's cache has of it, where its config is among that."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if fetched.find(self.name, self.revision, "config"):
+            return None  # what the run is pinned to
+        with hub.explained(self.name, self.revision):
+            path = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return Path(path).parent if isinstance(path, str) else None
 
     def identity(self) -> dict[str, Any]:
         """What an artifact records of its base: name, commit, and for local files a fingerprint."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from stages.lib.model.cutting import EVALUATIONS
 from stages.lib.model.loss import Plan
 from stages.lib.model.pace import Pace
 from stages.lib.model.pending import Numbers
@@ -18,7 +19,6 @@ from stages.lib.run import failpoints
 from stages.lib.run.exits import Diverged
 from stages.lib.run.progress import Progress
 
-EVALUATIONS = 4
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 # A loss has strayed when it is so many times its level, the median of the steps before, for so many steps.
 STRAY, STRAY_STEPS, LEVEL_STEPS, LEVEL_LEAST = 3.0, 20, 50, 5

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stages.lib.model import compiling, fp8, host, load, plan, sharding
+from stages.lib.model import compiling, cutting, host, load, plan, sharding
 from stages.lib.model.architecture import Architecture, Setup
 from stages.lib.model.loss import Shape, lay_out, nll_sum, to
 from stages.lib.model.offload import Unpinned
@@ -20,35 +20,19 @@ from stages.lib.run.exits import CannotRun, OutOfMemory
 from stages.lib.run.progress import say
 
 Ints = npt.NDArray[np.int64]
-CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end of one
-GPU_BIN = 16384
-SHARE = 0.95  # of the GPU's memory that is planned for: the allocator needs some, and the plan may be off
 
 
 def room() -> int:
     """Bytes of GPU memory that this process has and can still have; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0
-    return int(SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
+    return int(cutting.SHARE * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()))
 
 
 def sizes(batch_tokens: int, longest: int, wanted: int | None, sharing: int = 1) -> list[int]:
-    """Tokens of a forward pass that divide a step, from the largest; at most twice as far apart as need be.
-
-    Args:
-        batch_tokens: of an optimizer step. longest: of the longest row. wanted: the size, if it was set.
-        sharing: the processes that share a step, each of which gets as many passes, if that can be.
-    """
-    most = GPU_BIN if torch.cuda.is_available() else CPU_BIN
-    divisors = [d for d in range(batch_tokens // sharing, longest - 1, -1) if batch_tokens % d == 0]
-    divisors = (
-        [d for d in divisors if batch_tokens // d % sharing == 0] or divisors or [batch_tokens]
-    )
-    found: list[int] = []
-    for divisor in [wanted] if wanted else [d for d in divisors if d <= most] or divisors[-1:]:
-        if not found or divisor <= found[-1] / 2:
-            found.append(divisor)
-    return found
+    """As `cutting.sizes`, for this machine."""
+    most = cutting.GPU_BIN if torch.cuda.is_available() else cutting.CPU_BIN
+    return cutting.sizes(batch_tokens, longest, wanted, sharing, most)
 
 
 def precision(
@@ -66,16 +50,15 @@ def precision(
         say("BASE_PRECISION is bf16: there is no GPU")
         return "bf16"
     name, memory = torch.cuda.get_device_name(), f"{room() / 2**30:.0f} GiB"
-    if gpu.lacks("bf16", name, torch.cuda.get_device_capability()):
+    capability = torch.cuda.get_device_capability()
+    possible = cutting.possible(lambda precision: gpu.lacks(precision, name, capability))
+    if possible == ["fp32"]:
         say(f"BASE_PRECISION is fp32: {name} has no bf16")
         return "fp32"
     shape = Architecture.of(config)
     if not shape:
         say(f"BASE_PRECISION is nf4: {config.get('model_type')} is not planned for")
         return "nf4"
-    possible = ["bf16", "nf4"]
-    if torch.cuda.get_device_capability() >= fp8.CAPABILITY:
-        possible.insert(0, "fp8")
     spare = host.room(sharing=ranks.near)
     whole, parts = setup, replace(setup, shared=ranks.count)
     for each in {"none": [whole], "full": [parts], "auto": [whole, parts]}[sharding]:
@@ -143,11 +126,8 @@ def prepare(
     if sharded:
         sharding.spread(tuned, setup.precision, ranks)
     shape = Architecture.of(tuned.config.to_dict())
-    unpacked = replace(setup, unpacked=True)
-    if setup.precision == "nf4" and shape and not sharded and torch.cuda.is_available():
-        best = plan.choices(shape, unpacked, cuts, room(), recompute)[:1]
-        if best and best[0].tokens == cuts[0] and not best[0].recomputed:
-            setup = unpacked
+    if shape and not sharded and torch.cuda.is_available():
+        setup = cutting.unpacked(shape, setup, cuts, room(), recompute)
     quick = Quick(tuned, setup.precision, setup.unpacked, sharded)
     for remark in quick.remarks:
         say(remark)

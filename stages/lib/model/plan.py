@@ -4,6 +4,7 @@ The activations of a layer are counted as what its backward pass reads again; ag
 within 10 % (tests/lib/model/test_plan.py has them).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -175,13 +176,14 @@ def choices(
         sizes: tokens of a forward pass that may be. room: bytes of the GPU. recompute: `auto`, `none`, `all` or
             `offload`. spare: bytes of the host that may be taken.
     """
-    found = []
+    found: list[Choice] = []
     for size in sizes:
-        for cuts in _cuts(shape, setup, size, recompute):
+        for cuts in _cuts(shape, setup, size, recompute, spare):
             fitting = (c for c in cuts if c.memory and c.memory.total <= room)
-            found += [
+            held = (
                 c for c in fitting if c.tokens * host(shape, setup, c.offloaded, c.lean) <= spare
-            ][:1]
+            )
+            found += itertools.islice(held, 1)
     return sorted(found, key=lambda choice: choice.cost)
 
 
@@ -197,17 +199,18 @@ def fits(
 
 
 def _cuts(
-    shape: Architecture, setup: Setup, size: int, recompute: str
+    shape: Architecture, setup: Setup, size: int, recompute: str, spare: int
 ) -> Iterator[Iterator[Choice]]:
-    """Passes of one size that recompute, and passes that offload, each from the fastest on."""
+    """Passes of one size that recompute, and passes that offload if they may, each from the fastest on."""
     layers = shape.layers
     numbers = {"auto": range(layers + 1), "none": range(1), "all": range(layers, layers + 1)}
     yield (
-        Choice(size, n, predict(shape, setup, size, n), cost=_cost(setup, size, n / layers))
+        Choice(size, n, predict(shape, setup, size, n), cost=cost(setup, size, n / layers))
         for n in numbers.get(recompute, ())
     )
     numbers = {"auto": range(RESIDENT + 1, layers + 1), "offload": range(layers, layers + 1)}
-    yield (offloading(shape, setup, size, n) for n in numbers.get(recompute, ()))
+    if spare or recompute == "offload":
+        yield (offloading(shape, setup, size, n) for n in numbers.get(recompute, ()))
 
 
 def offloading(shape: Architecture, setup: Setup, tokens: int, offloaded: int) -> Choice:
@@ -215,11 +218,14 @@ def offloading(shape: Architecture, setup: Setup, tokens: int, offloaded: int) -
     lean = leanest(shape, setup, offloaded)
     twice = lean * again(shape, True) + (offloaded - lean) * again(shape, False)
     memory = predict(shape, setup, tokens, 0, offloaded)
-    return Choice(tokens, 0, memory, offloaded, lean, _cost(setup, tokens, twice / shape.layers))
+    return Choice(tokens, 0, memory, offloaded, lean, cost(setup, tokens, twice / shape.layers))
 
 
-def _cost(setup: Setup, tokens: int, twice: float) -> float:
-    """Of a pass that computes a share of its products twice; a forward pass is a third of the work."""
+def cost(setup: Setup, tokens: int, twice: float) -> float:
+    """Time a token of a pass that computes a share of its products twice, against one without limits.
+
+    A forward pass is a third of the work.
+    """
     packed = setup.precision == "nf4" and not setup.unpacked
     return 1 + twice / 3 + (NF4_PASS if packed else PASS) / tokens
 

@@ -54,7 +54,7 @@ class Quick:
     def __init__(
         self, tuned: Any, precision: str, unpacked: bool = False, sharded: bool = False
     ) -> None:
-        self.tuned, self.precision = tuned, precision
+        self.tuned, self.precision, self.unpacked = tuned, precision, unpacked
         self.remarks: list[str] = []
         self.recomputed = self.offloaded = 0
         self.causal = tuned.get_base_model()

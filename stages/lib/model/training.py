@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, health, history, shortage
+from stages.lib.model import adapter, cutting, health, history, shortage
 from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
 from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to, unlearned
@@ -27,9 +27,6 @@ from stages.lib.model.recipe import arguments, learning_rate
 from stages.lib.run import checkpoints, failpoints, preemption, watchdog
 from stages.lib.run.exits import BadData, Diverged, TryAgain
 from stages.lib.run.progress import Progress, say
-
-# All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
-EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
 
 
 class LoraTrainer(Trainer):
@@ -157,8 +154,7 @@ class LoraTrainer(Trainer):
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
         """The held-out loss on the first held-out rows, without keeping logits."""
         failpoints.reach("train.evaluate")
-        share = EVALUATION_SHARE * self.bins.plan.total_bins * self.bins.plan.capacity
-        limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
+        limit = cutting.evaluated(self.bins.plan.total_bins * self.bins.plan.capacity)
         bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
         rows = [[self.held_out[row] for row in bins[b]] for b in self.ranks.mine(len(bins))]
         joined = self.ranks.joined

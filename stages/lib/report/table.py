@@ -1,21 +1,31 @@
-"""Tables for a terminal or a log: plain text, at most 100 columns."""
+"""Tables for a terminal or a log: plain text, at most 100 columns unless told."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
+WIDTH = 100
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as text; long cells are wrapped."""
+
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH, right: bool = False
+) -> str:
+    """A table as text; long cells are wrapped.
+
+    Args:
+        width: columns of text. right: all but the first column end at the right, as numbers do.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(*headings, box=SIMPLE_HEAD)
+    for column in drawn.columns[1:] if right else ():
+        column.justify = "right"
     for row in rows:
         drawn.add_row(*(Text(cell if isinstance(cell, str) else _number(cell)) for cell in row))
-    out = Console(file=io.StringIO(), width=100)
+    out = Console(file=io.StringIO(), width=width)
     out.print(drawn)
     lines = out.file.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines if line.strip())

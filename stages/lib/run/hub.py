@@ -35,6 +35,7 @@ FILES = {
         "vocab.json",
         "merges.txt",
     ],
+    "config": ["config.json"],
     "dataset": [
         *("*.jsonl", "*.ndjson", "*.json", "*.csv", "*.parquet", "*.arrow", "*.feather"),
         *(
@@ -58,7 +59,7 @@ def snapshot(
     Args:
         repository: the hub id, `owner/name`.
         revision: branch, tag or commit; None is the default branch.
-        what: `model`, `tokenizer` (a model without its weights) or `dataset`.
+        what: `model`, `tokenizer` (a model without its weights), `config` (that alone) or `dataset`.
         verify: hash also the large files that were in the cache; those that arrive now always are.
 
     Raises:
@@ -85,7 +86,7 @@ def snapshot(
 
 
 def kind(what: str) -> str:
-    """The hub's word for a `model`, `tokenizer` or `dataset`."""
+    """The hub's word for a `model`, `tokenizer`, `config` or `dataset`."""
     return "dataset" if what == "dataset" else "model"
 
 

@@ -47,6 +47,19 @@ seed = setting(
     help="Seed of all that is random.",
 )
 
+max_rows = setting(
+    "--max-rows", "MAX_ROWS", type=Number(int, low=1),
+    help="Use only the first rows of each source. [default: all]",
+)  # fmt: skip
+max_length = setting(
+    "--max-length", "MAX_LENGTH", type=Number(int, low=8), default=1024,
+    help="Longest row, in tokens with EOS.",
+)  # fmt: skip
+validation_fraction = setting(
+    "--validation-fraction", "VALIDATION_FRACTION", type=Number(low=0, high=0.5), default=0.05,
+    help="Share of rows held out, unless the data set has a test split of its own.",
+)  # fmt: skip
+
 run_dir = setting(
     "--run-dir", "RUN_DIR", type=click.Path(path_type=Path), identity=False,
     is_eager=True,  # known before another setting is refused, so that the refusal is recorded there

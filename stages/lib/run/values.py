@@ -121,3 +121,20 @@ class Texts(click.ParamType[Any]):
 def flat(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...]:
     """The `Texts` of a repeated option as one tuple without repeats."""
     return tuple(dict.fromkeys(text for texts in value or () for text in texts))
+
+
+class Prices(click.ParamType[Any]):
+    """A price above 0, `2.5`, or several by name, `H100=2.5,L4=0.7`; as it was given, once checked."""
+
+    name = "price"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """`value`, or click's usage error."""
+        names = []
+        for word in str(value).split(","):
+            name, _, said = word.rpartition("=")
+            names.append(name.strip())
+            Number(above=0).convert(said.strip(), param, ctx)
+        if len(names) > 1 and not all(names):
+            self.fail(f"{value!r} has a price without a name; write NAME=PRICE each.", param, ctx)
+        return str(value)
