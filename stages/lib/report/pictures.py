@@ -1,0 +1,165 @@
+"""Pictures of data and adapter: lengths of rows, what became of rows and tokens, norms by layer."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from stages.lib.report import axes
+from stages.lib.report.plots import COLOURS, SMALL, WIDE, Canvas, Figure, Mark, Plot, Series, figure
+
+BARS = 48
+LAYER = re.compile(r"\.(\d+)\.")
+EXPERT = re.compile(r"experts\.\d+\.")
+
+
+def histogram(lengths: dict[str, Counter[int]], limit: int | None) -> Figure | None:
+    """Rows by their length in tokens, those for training and those held out.
+
+    Args:
+        limit: MAX_LENGTH, at which longer rows were cut.
+    """
+    whole = sum(lengths.values(), Counter())
+    if not whole:
+        return None
+    longest, count = max(whole), whole.total()
+    width = max(1, -(-longest // BARS))
+    width = round(axes._step(width)) if width > 2 else width
+    bars = {part: _binned(found, width) for part, found in lengths.items()}
+    ordered = sorted(whole.elements())
+    middle, far = ordered[count // 2], ordered[min(count - 1, int(count * 0.95))]
+    alt = (
+        f"Histogram of row lengths in tokens: {count:,} rows, the shortest {ordered[0]:,}, the median {middle:,}, "
+        f"95 % up to {far:,}, the longest {longest:,}."
+    )
+    marks = [Mark(middle, "median"), Mark(far, "95 %")]
+    if limit and limit <= longest * 1.2:
+        marks.append(Mark(limit, "MAX_LENGTH", strong=True))
+    wide, narrow = (_histogram(bars, width, marks, alt, size) for size in (WIDE, SMALL))
+    names = {"train": "for training", "held_out": "held out"}
+    keys = [(n, "bar", names[part]) for n, part in enumerate(bars, 1) if bars[part]]
+    title = f"Rows by length, in bins of {width} tokens" if width > 1 else "Rows by length"
+    return Figure(title, wide, narrow, keys)
+
+
+def _binned(found: Counter[int], width: int) -> Counter[int]:
+    bars: Counter[int] = Counter()
+    for length, rows in found.items():
+        bars[max(length - 1, 0) // width] += rows
+    return bars
+
+
+def _histogram(
+    bars: dict[str, Counter[int]], width: int, marks: Sequence[Mark], alt: str, size: tuple[int, int]
+) -> Any:  # fmt: skip
+    canvas = Canvas(size, alt)
+    total: Counter[int] = sum(bars.values(), Counter())
+    ends = [0.0, (max(total) + 1.0) * width, *(mark.at for mark in marks)]
+    canvas.frame(ends, [0.0, *total.values()], "tokens of a row", "rows", zero=True, whole=True)
+    for place in sorted(total):
+        low, high = (canvas.x.at(edge * width) for edge in (place, place + 1))
+        below = 0
+        for number, found in enumerate(bars.values(), 1):
+            rows = found[place]
+            if rows:
+                foot, top = canvas.y.at(below), canvas.y.at(below + rows)
+                room = max(high - low - 1, 0.5)
+                canvas.add("Rectangle", low, top, room, foot - top, class_=f"bar c{number}")
+                below += rows
+    canvas.marks(marks)
+    span = [(p, f"{p * width + 1:,} to {(p + 1) * width:,} tokens") for p in sorted(total)]
+    for place, words in span:
+        low, high = (canvas.x.at(edge * width) for edge in (place, place + 1))
+        parts = ", ".join(f"{found[place]:,} {part.replace('_', ' ')}" for part, found in bars.items())
+        top = canvas.y.end
+        canvas.add(
+            "Rectangle", low, top, high - low, canvas.y.start - top, class_="hit", title=f"{words}: {parts}"
+        )  # fmt: skip
+    return canvas.svg()
+
+
+def rows_account(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The way from rows that were read to rows that were written, as lines with bars."""
+    read = metrics["rows_read"]
+    lines = [_line("rows read", read, read)]
+    left = read
+    for reason, count in metrics["rows_dropped"].items():
+        if count:
+            left -= count
+            lines.append(_line(f"dropped: {reason.replace('_', ' ')}", -count, read, left))
+    kept, held = metrics["rows_kept"], metrics["rows_held_out"]
+    lines.append(_line("rows kept", kept, read))
+    lines.append(_line("held out", -held, read, kept - held))
+    lines.append(_line("rows to train on", kept - held, read, strong=True))
+    return lines
+
+
+def tokens_account(
+    metrics: dict[str, Any], learned: dict[str, int], trained: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The way from tokens that were encoded to tokens that were learned, as lines with bars.
+
+    Args:
+        metrics: of the data. learned: tokens to learn of each part. trained: metrics of the adapter, if any.
+    """
+    encoded, lost, added = (metrics[f"tokens{name}"] for name in ("_encoded", "_lost", "_added"))
+    whole = max(encoded, metrics["tokens"], trained.get("trained_tokens") or 0)
+    to_learn, held = sum(learned.values()), learned.get("held_out", 0)
+    lines = [
+        _line("tokens encoded", encoded, whole),
+        _line("lost: cut, dropped, repeated", -lost, whole, encoded - lost),
+        _line("added by cuts, splits and weights", added, whole, encoded - lost),
+        _line("tokens of all rows", metrics["tokens"], whole),
+        _line("only read, not learned", to_learn - metrics["tokens"], whole, to_learn),
+        _line("held out", -held, whole, to_learn - held),
+        _line("tokens to learn, one epoch", to_learn - held, whole, strong=not trained),
+    ]
+    if trained:
+        words = f"tokens learned in {trained['steps']:,} steps, {trained['epochs']:.3g} epochs"
+        lines.append(_line(words, trained["trained_tokens"], whole, strong=True))
+    return [line for line in lines if line["count"] != "0"]
+
+
+def _line(
+    words: str, count: int, whole: int, start: int = 0, strong: bool = False
+) -> dict[str, Any]:
+    """A line of an account: its bar begins at `start`, in percent of `whole`; what goes away is negative."""
+    share = 100 / max(whole, 1)
+    sign = f"{count:+,}".replace("-", "−") if start or count < 0 else f"{count:,}"
+    return {
+        "words": words, "count": sign if count else "0", "gone": count < 0, "strong": strong,
+        "start": round(start * share, 2), "width": round(max(abs(count) * share, 0.2), 2),
+    }  # fmt: skip
+
+
+def norms(health: dict[str, Any]) -> Figure | None:
+    """The norm of each B matrix by layer, a line for each kind of module."""
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for name, norm in health.get("b_norms", {}).items():
+        layer = LAYER.search(name)
+        kind = EXPERT.sub("", name).rpartition(".")[2]
+        kinds.setdefault(kind, {}).setdefault(int(layer[1]) if layer else 0, []).append(norm)
+    if not kinds:
+        return None
+    means = {
+        kind: [(float(layer), sum(all_) / len(all_)) for layer, all_ in sorted(found.items())]
+        for kind, found in kinds.items()
+    }
+    shown = list(means.items())[:COLOURS]
+    series = [Series(kind, points, n, dots=True) for n, (kind, points) in enumerate(shown, 1)]
+    layers = sorted({layer for _, points in shown for layer, _ in points})
+    tips = [
+        (layer, "\n".join([f"layer {layer:.0f}", *(
+            f"{kind} {dict(points)[layer]:.4g}" for kind, points in shown if layer in dict(points)
+        )]))
+        for layer in layers
+    ]  # fmt: skip
+    ends = "; ".join(f"{k} between {min(p)[1]:.3g} and {max(p)[1]:.3g}" for k, p in (
+        (kind, sorted(points, key=lambda p: p[1])[:: max(len(points) - 1, 1)]) for kind, points in shown
+    ))  # fmt: skip
+    note = "" if len(means) <= COLOURS else f"{len(means) - COLOURS} further kinds of modules are not drawn."
+    plot = Plot(
+        "Norm of B by layer", "layer", "Frobenius norm of B", series, f"Norms of the adapter by layer: {ends}.",
+        tips=tips, zero=True, note=note,
+    )  # fmt: skip
+    return figure(plot, wide=True)
