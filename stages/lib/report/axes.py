@@ -29,9 +29,9 @@ class Axis:
 
     def labels(self) -> list[str]:
         """What stands beside each tick, all with as many decimals."""
-        step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
+        between = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
         most = max(map(abs, self.ticks), default=0.0)
-        return [number(value, step, most) for value in self.ticks]
+        return [number(value, between, most) for value in self.ticks]
 
 
 def axis(
@@ -50,18 +50,18 @@ def axis(
     if low == high:
         room = abs(low) * 0.1 or 1.0
         low, high = (low, low + 1.0) if whole or (zero and not low) else (low - room, high + room)
-    step = _step((high - low) / max(about - 1, 1))
+    between = step((high - low) / max(about - 1, 1))
     if whole:
-        step = max(1.0, float(math.ceil(step)))
-        first = math.ceil(low / step)
-        ticks = [n * step for n in range(first, math.floor(high / step) + 1)]
+        between = max(1.0, float(math.ceil(between)))
+        first = math.ceil(low / between)
+        ticks = [n * between for n in range(first, math.floor(high / between) + 1)]
         return Axis(low, high, start, end, tuple(ticks))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(n * step, 12) for n in range(first, last + 1)]
+    first, last = math.floor(low / between + 1e-9), math.ceil(high / between - 1e-9)
+    ticks = [round(n * between, 12) for n in range(first, last + 1)]
     return Axis(ticks[0], ticks[-1], start, end, tuple(ticks))
 
 
-def _step(rough: float) -> float:
+def step(rough: float) -> float:
     """The least of 1, 2, 2.5 or 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(step * power for step in STEPS if step * power >= rough * (1 - 1e-9))
@@ -102,4 +102,6 @@ def scaled(values: Sequence[float], kind: str) -> tuple[float, str]:
             if most >= 2 * size or size == 1.0
         )  # fmt: skip
     power = math.floor(math.log10(most)) if most else 0
-    return (1.0, "") if -2 <= power <= 3 else (10.0**power, f"×10{str(power).translate(SUPERSCRIPTS)}")
+    return (
+        (1.0, "") if -2 <= power <= 3 else (10.0**power, f"×10{str(power).translate(SUPERSCRIPTS)}")
+    )

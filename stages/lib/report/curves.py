@@ -93,7 +93,7 @@ def loss(runs: Sequence[Training]) -> Plot | None:
 def _noisy(run: Training, key: str, name: str, scale: float = 1.0) -> tuple[list[Series], int]:
     """A curve; of many steps the mean over some, with the steps themselves behind it."""
     points = run.points(key, scale)
-    span = max(3, len(points) // 30) if len(points) >= SMOOTH_FROM else 1
+    span = max(5, len(points) // 30 | 1) if len(points) >= SMOOTH_FROM else 1
     if not points:
         return [], 1
     if span == 1:
@@ -130,7 +130,7 @@ def _one(
     runs: Sequence[Training], key: str, title: str, unit: str, kind: str, *, zero: bool
 ) -> Plot | None:
     values = [y for run in runs for y in run.finite(key)]
-    predicted = [(run, run.predicted[key]) for run in runs if (run.predicted or {}).get(key)]
+    predicted = [(run, plan[key]) for run in runs if (plan := run.predicted or {}).get(key)]
     if not values:
         return None
     scale, sign = axes.scaled([*values, *(y for _, y in predicted)], kind) if kind else (1.0, "")
@@ -170,7 +170,10 @@ def clock(training: Training) -> Plot | None:
     drawn = _levelled(points, {m.at for m in restarts(training)})
     steps = {step: x for x, step in points}
     marks = [Mark(steps[m.at], m.word) for m in restarts(training) if m.at in steps]
-    tips = [(x, f"step {step:,.0f}, {moment(at)}") for (x, step), (at, _) in zip(points, known, strict=True)]
+    tips = [
+        (x, f"step {step:,.0f}, {moment(at)}")
+        for (x, step), (at, _) in zip(points, known, strict=True)
+    ]
     span = f"from {moment(begin)} to {moment(known[-1][0])}"
     return Plot(
         "Progress over time", f"{unit} since {moment(begin)}", STEP, [Series("", drawn)],
@@ -218,7 +221,9 @@ def _tips(runs: Sequence[Training], *keys: str) -> list[tuple[float, str]]:
             lead = f"{run.name}: " if run.name else ""
             at = f" ({moment(_number(entry['at']))})" if not run.name and entry.get("at") else ""
             told.setdefault(float(entry["step"]), []).append(lead + ", ".join(words) + at)
-    return [(step, "\n".join([f"step {step:,.0f}", *lines])) for step, lines in sorted(told.items())]
+    return [
+        (step, "\n".join([f"step {step:,.0f}", *lines])) for step, lines in sorted(told.items())
+    ]
 
 
 def _alt(title: str, runs: Sequence[Training], *keys: str) -> str:

@@ -86,7 +86,7 @@ def look(folder: Path, readers: Readers) -> Found:
         for part, file in PARTS.items()
         if "data" in found
     }
-    error = notes.read(folder / ERROR) or {}
+    failed = notes.read(folder / ERROR) or {}
     return Found(
         folder, found, broken, dict(_stale(found)), _training(folder, found.get("adapter"), readers),
         comparison.read(found["evaluation"].path) if "evaluation" in found else None,
@@ -95,7 +95,7 @@ def look(folder: Path, readers: Readers) -> Found:
         {part: learned for part, (_, learned) in parts.items()},
         [record for _, record in attempts.read(folder)],
         # Of a command that makes something: a question that was not answered is no failed run.
-        error if error.get("stage") in MADE_BY.values() else None,
+        failed if failed.get("stage") in MADE_BY.values() else None,
         lease.holder(folder),
     )  # fmt: skip
 

@@ -5,11 +5,25 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from stages.lib.report import axes
-from stages.lib.report.plots import COLOURS, SMALL, WIDE, Canvas, Figure, Mark, Plot, Series, figure
+from stages.lib.report.plots import (
+    COLOURS,
+    LETTER,
+    SMALL,
+    WIDE,
+    Canvas,
+    Figure,
+    Mark,
+    Plot,
+    Series,
+    figure,
+)
 
 BARS = 48
 LAYER = re.compile(r"\.(\d+)\.")
+Interval = tuple[str, float, Sequence[float] | None, int]  # name, value, its ends, colour
 EXPERT = re.compile(r"experts\.\d+\.")
 
 
@@ -24,13 +38,13 @@ def histogram(lengths: dict[str, Counter[int]], limit: int | None) -> Figure | N
         return None
     longest, count = max(whole), whole.total()
     width = max(1, -(-longest // BARS))
-    width = round(axes._step(width)) if width > 2 else width
+    width = round(axes.step(width)) if width > 2 else width
     bars = {part: _binned(found, width) for part, found in lengths.items()}
     ordered = sorted(whole.elements())
     middle, far = ordered[count // 2], ordered[min(count - 1, int(count * 0.95))]
     alt = (
-        f"Histogram of row lengths in tokens: {count:,} rows, the shortest {ordered[0]:,}, the median {middle:,}, "
-        f"95 % up to {far:,}, the longest {longest:,}."
+        f"Histogram of row lengths in tokens: {count:,} rows, the shortest {ordered[0]:,}, the median "
+        f"{middle:,}, 95 % up to {far:,}, the longest {longest:,}."
     )
     marks = [Mark(middle, "median"), Mark(far, "95 %")]
     if limit and limit <= longest * 1.2:
@@ -51,7 +65,7 @@ def _binned(found: Counter[int], width: int) -> Counter[int]:
 
 def _histogram(
     bars: dict[str, Counter[int]], width: int, marks: Sequence[Mark], alt: str, size: tuple[int, int]
-) -> Any:  # fmt: skip
+) -> Markup:  # fmt: skip
     canvas = Canvas(size, alt)
     total: Counter[int] = sum(bars.values(), Counter())
     ends = [0.0, (max(total) + 1.0) * width, *(mark.at for mark in marks)]
@@ -70,7 +84,9 @@ def _histogram(
     span = [(p, f"{p * width + 1:,} to {(p + 1) * width:,} tokens") for p in sorted(total)]
     for place, words in span:
         low, high = (canvas.x.at(edge * width) for edge in (place, place + 1))
-        parts = ", ".join(f"{found[place]:,} {part.replace('_', ' ')}" for part, found in bars.items())
+        parts = ", ".join(
+            f"{found[place]:,} {part.replace('_', ' ')}" for part, found in bars.items()
+        )
         top = canvas.y.end
         canvas.add(
             "Rectangle", low, top, high - low, canvas.y.start - top, class_="hit", title=f"{words}: {parts}"
@@ -115,7 +131,8 @@ def tokens_account(
         _line("tokens to learn, one epoch", to_learn - held, whole, strong=not trained),
     ]
     if trained:
-        words = f"tokens learned in {trained['steps']:,} steps, {trained['epochs']:.3g} epochs"
+        epochs = f"{trained['epochs']:.3g} epoch{'s' * (trained['epochs'] != 1)}"
+        words = f"tokens learned in {trained['steps']:,} steps, {epochs}"
         lines.append(_line(words, trained["trained_tokens"], whole, strong=True))
     return [line for line in lines if line["count"] != "0"]
 
@@ -130,6 +147,42 @@ def _line(
         "words": words, "count": sign if count else "0", "gone": count < 0, "strong": strong,
         "start": round(start * share, 2), "width": round(max(abs(count) * share, 0.2), 2),
     }  # fmt: skip
+
+
+def intervals(title: str, unit: str, rows: Sequence[Interval]) -> Figure:
+    """Values with their 95 % intervals, one below the other."""
+    alt = f"{title}, {unit}: " + "; ".join(
+        f"{name} {value:.4g}" + (f" (95 %: {ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
+        for name, value, ends, _ in rows
+    )
+    wide, narrow = (_intervals(unit, rows, alt, width) for width in (WIDE[0], SMALL[0]))
+    return Figure(title, wide, narrow)
+
+
+def _intervals(unit: str, rows: Sequence[Interval], alt: str, width: int) -> Markup:
+    canvas = Canvas((width, 44 + 28 * len(rows)), alt)
+    longest = max(len(name) for name, *_ in rows)
+    letters = min(longest, 40 if width > SMALL[0] else 18)
+    across = [v for _, value, ends, _ in rows for v in (value, *(ends or ()))]
+    canvas.across(across, unit, left=16 + LETTER * letters)
+    for place, (name, value, ends, colour) in enumerate(rows):
+        at, middle = canvas.x.at(value), 18 + 28 * place
+        canvas.words(cut_to(name, letters), canvas.x.start - 12, middle + 4, "end")
+        told = f"{name}: {value:.4g}" + (f", 95 % {ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
+        if ends:
+            low, high = map(canvas.x.at, ends)
+            canvas.add("Line", low, middle, high, middle, class_=f"whisker c{colour}")
+            for end in (low, high):
+                canvas.add("Line", end, middle - 5, end, middle + 5, class_=f"whisker c{colour}")
+        canvas.add("Circle", at, middle, 5, class_=f"dot c{colour}")
+        span = width - canvas.x.start
+        canvas.add("Rectangle", canvas.x.start, middle - 14, span, 28, class_="hit", title=told)
+    return canvas.svg()
+
+
+def cut_to(name: str, letters: int) -> str:
+    """A name of at most so many letters."""
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def norms(health: dict[str, Any]) -> Figure | None:
@@ -157,7 +210,11 @@ def norms(health: dict[str, Any]) -> Figure | None:
     ends = "; ".join(f"{k} between {min(p)[1]:.3g} and {max(p)[1]:.3g}" for k, p in (
         (kind, sorted(points, key=lambda p: p[1])[:: max(len(points) - 1, 1)]) for kind, points in shown
     ))  # fmt: skip
-    note = "" if len(means) <= COLOURS else f"{len(means) - COLOURS} further kinds of modules are not drawn."
+    note = (
+        ""
+        if len(means) <= COLOURS
+        else f"{len(means) - COLOURS} further kinds of modules are not drawn."
+    )
     plot = Plot(
         "Norm of B by layer", "layer", "Frobenius norm of B", series, f"Norms of the adapter by layer: {ends}.",
         tips=tips, zero=True, note=note,

@@ -1,4 +1,4 @@
-"""Plots as SVG: text stays text, colours come from the page and follow light and dark, tooltips need no script."""
+"""Plots as SVG: text stays text, the page has the colours for light and dark, tooltips need no script."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ MOST = 700  # points of a drawn line
 HITS = 120  # columns of a plot that have a tooltip
 COLOURS = 8
 LETTER = 6.4  # pixels that a digit is wide
+RIGHT, FOOT = 14, 36  # pixels beside and below the axes
 SMALL = (400, 250)
 WIDE = (920, 320)
 
@@ -95,9 +96,7 @@ def _draw(plot: Plot, size: tuple[int, int]) -> Markup:
     canvas = Canvas(size, plot.alt)
     points = [p for s in plot.series for p in s.points if math.isfinite(p[1])]
     across = [p[0] for p in points] + [mark.at for mark in plot.marks]
-    canvas.frame(
-        across, [p[1] for p in points], plot.x, plot.y, zero=plot.zero, whole=plot.whole
-    )
+    canvas.frame(across, [p[1] for p in points], plot.x, plot.y, zero=plot.zero, whole=plot.whole)
     canvas.marks(plot.marks)
     for series in sorted(plot.series, key=lambda s: not s.faint):
         canvas.line(series)
@@ -145,27 +144,33 @@ class Canvas:
         self.add("Text", shown, 12, round(x, 1), round(y, 1), text_anchor=anchor, **given)
 
     def frame(
-        self, across: Sequence[float], up: Sequence[float], x: str, y: str, *, zero: bool, whole: bool,
-        left: float = 0,
+        self, across: Sequence[float], up: Sequence[float], x: str, y: str, *, zero: bool, whole: bool
     ) -> None:  # fmt: skip
-        """Axes with grid, ticks and units."""
-        bottom, top, right = self.height - 36, 30, 14
-        self.y = axes.axis(up, bottom, top, 5, zero=zero)
+        """Both axes, with grid, ticks and units."""
+        self.y = axes.axis(up, self.height - FOOT, 30, 5, zero=zero)
         labels = self.y.labels()
-        left = left or 12 + LETTER * max(map(len, labels))
-        self.x = axes.axis(across, left, self.width - right, 4 if self.width < 500 else 8, whole=whole)
+        left = 12 + LETTER * max(map(len, labels))
         for value, label in zip(self.y.ticks, labels, strict=True):
             at = self.y.at(value)
-            self.add("Line", left, at, self.width - right, at, class_="grid")
+            self.add("Line", left, at, self.width - RIGHT, at, class_="grid")
             self.words(label, left - 6, at + 4, "end")
-        self.add("Line", left, bottom, self.width - right, bottom, class_="axis")
+        self.words(y, 0, 12, kind="unit")
+        self.across(across, x, left=left, whole=whole)
+
+    def across(
+        self, values: Sequence[float], unit: str, *, left: float, whole: bool = False
+    ) -> None:
+        """The x axis alone."""
+        bottom = self.height - FOOT
+        about = 5 if self.width < 500 else 8
+        self.x = axes.axis(values, left, self.width - RIGHT, about, whole=whole)
+        self.add("Line", left, bottom, self.width - RIGHT, bottom, class_="axis")
         for value, label in zip(self.x.ticks, self.x.labels(), strict=True):
             at = self.x.at(value)
             self.add("Line", at, bottom, at, bottom + 4, class_="axis")
             room = LETTER * len(label) / 2
             self.words(label, min(max(at, room), self.width - room), bottom + 17, "middle")
-        self.words(y, 0, 12, kind="unit")
-        self.words(x, self.width - right, self.height - 4, "end", "unit")
+        self.words(unit, self.width - RIGHT, self.height - 4, "end", "unit")
 
     def marks(self, marks: Sequence[Mark]) -> None:
         """Vertical lines over the whole height; words that would run into each other are left out."""
@@ -207,14 +212,15 @@ class Canvas:
             low = (places[n - 1] + places[n]) / 2 if n else self.x.start
             high = (places[n] + places[n + 1]) / 2 if n + 1 < len(tips) else self.x.end
             width = round(max(high - low, 0.5), 1)
-            self.add(
-                "Rectangle", round(low, 1), self.y.end, width, self.y.start - self.y.end, class_="hit", title=told
-            )  # fmt: skip
+            place = (round(low, 1), self.y.end, width, self.y.start - self.y.end)
+            self.add("Rectangle", *place, class_="hit", title=told)
 
     def svg(self) -> Markup:
         """The drawing; what in it came from outside is escaped."""
         drawn = self._drawing.as_svg(header="", skip_js=True, skip_css=True)
-        return Markup("\n".join(line for line in drawn.splitlines() if line not in ("<defs>", "</defs>")))  # noqa: S704
+        return Markup(
+            "\n".join(line for line in drawn.splitlines() if line not in ("<defs>", "</defs>"))
+        )
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:

@@ -15,7 +15,8 @@ class Standing:
     """What a page begins with.
 
     Attributes:
-        state: finished, going on, stopped, failed, unfinished or empty. kind: `good`, `bad` or `open`, its colour. sentences: the verdict is the first.
+        state: finished, going on, stopped, failed, unfinished or empty. kind: its colour: `good`, `bad` or
+            `open`. sentences: the verdict is the first.
     """
 
     state: str
@@ -32,7 +33,7 @@ def standing(found: Found) -> Standing:
     missing = [name for name in CHAIN if name not in found.artifacts]
     if not missing:
         kind = {"better": "good", "worse": "bad"}.get((found.evaluation or {})["verdict"], "open")
-        return Standing("finished", kind, results)
+        return Standing("finished", "open" if beware(found) else kind, results)
     if found.empty:
         return Standing("empty", "open", ["Nothing was made here yet."])
     next_one = f"Next is `{MADE_BY[missing[0]]}`."
@@ -87,7 +88,9 @@ def _progress(found: Found) -> str:
     if _trained(found):
         said = f"All {training['steps']:,} steps are trained"
     for key, word in (("loss", "loss"), ("held_out_loss", "held-out loss")):
-        value = next((e[key] for e in reversed(training["history"]) if e.get(key) is not None), None)
+        value = next(
+            (e[key] for e in reversed(training["history"]) if e.get(key) is not None), None
+        )
         said += f", {word} {value:.3f}" if value is not None else ""
     return f"{said}."
 
@@ -106,7 +109,12 @@ def _results(found: Found) -> list[str]:
             f"The merged model passed its check: {fold['fold_kl']:.2g} nats a token from base plus adapter by "
             f"folding, {fold['mean_kl']:.2g} from what was trained."
         )
-    said += [f"Beware: {name} is stale, {why}." for name, why in found.stale.items()]
+    return said + beware(found)
+
+
+def beware(found: Found) -> list[str]:
+    """What is there and not to be relied on."""
+    said = [f"Beware: {name} is stale, {why}." for name, why in found.stale.items()]
     return said + [f"Beware: {why}." for why in found.broken.values()]
 
 
