@@ -30,6 +30,7 @@ def report(ctx: click.Context, runs: tuple[Path, ...], run_dir: Path, output: Pa
     from stages.lib.report import compared_page, found, run_page
     from stages.lib.report.summary import compared, summary
 
+    ctx.obj.run_dir = None  # what error.json says of the run has to stay
     given = ctx.get_parameter_source("run_dir") is click.core.ParameterSource.COMMANDLINE
     if runs and given:
         raise BadSetting("both --run-dir and RUN name a run; leave one out")

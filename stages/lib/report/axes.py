@@ -35,30 +35,32 @@ class Axis:
 
 
 def axis(
-    values: Iterable[float], start: float, end: float, about: int = 5, *, whole: bool = False,
-    zero: bool = False,
+    values: Iterable[float], start: float, end: float, about: int = 5, *, exact: bool = False,
+    whole: bool = False, zero: bool = False,
 ) -> Axis:  # fmt: skip
-    """An axis for values, from tick to tick or, for `whole` numbers such as steps, from the first to the last.
+    """An axis for values, from tick to tick.
 
     Args:
-        about: so many ticks. whole: no tick between whole numbers. zero: begins there.
+        about: so many ticks. exact: from the least value to the greatest instead, as along time. whole: no tick
+            between whole numbers. zero: begins there.
     """
     found = list(values) or [0.0, 1.0]
     low, high = min(found), max(found)
     if zero:
         low = min(low, 0.0)
     if low == high:
-        room = abs(low) * 0.1 or 1.0
-        low, high = (low, low + 1.0) if whole or (zero and not low) else (low - room, high + room)
+        room = 0.0 if exact or (zero and not low) else abs(low) * 0.1
+        low, high = low - room, high + (room or 1.0)
     between = step((high - low) / max(about - 1, 1))
     if whole:
         between = max(1.0, float(math.ceil(between)))
-        first = math.ceil(low / between)
-        ticks = [n * between for n in range(first, math.floor(high / between) + 1)]
-        return Axis(low, high, start, end, tuple(ticks))
-    first, last = math.floor(low / between + 1e-9), math.ceil(high / between - 1e-9)
-    ticks = [round(n * between, 12) for n in range(first, last + 1)]
-    return Axis(ticks[0], ticks[-1], start, end, tuple(ticks))
+    first, last = (
+        (math.ceil(low / between - 1e-9), math.floor(high / between + 1e-9))
+        if exact
+        else (math.floor(low / between + 1e-9), math.ceil(high / between - 1e-9))
+    )
+    ticks = tuple(round(n * between, 12) for n in range(first, last + 1))
+    return Axis(*((low, high) if exact else (ticks[0], ticks[-1])), start, end, ticks)
 
 
 def step(rough: float) -> float:

@@ -193,7 +193,7 @@ def plots(runs: Sequence[Found]) -> list[Figure | str]:
 
 
 CURVES = {
-    "Loss": curves.loss, "Learning rate": curves.learning_rate, "Gradient norm": curves.gradient,
+    "Loss": curves.losses, "Held-out loss": curves.held_out, "Learning rate": curves.learning_rate, "Gradient norm": curves.gradient,
     "Throughput": curves.throughput, "GPU memory": curves.memory,
 }  # fmt: skip
 

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.lib.report import axes
 from stages.lib.report.plots import Mark, Plot, Point, Series, smoothed
 
 SMOOTH_FROM = 40  # steps from which a mean over several is drawn too
-STEP = "optimizer step"
+STEP, UNIT = "optimizer step", "nats a learned token"
 OLD = "This run was trained by a version that did not record it."
 
 Steps = Sequence[dict[str, Any]]
@@ -65,28 +65,48 @@ def restarts(training: Training) -> list[Mark]:
     return marks
 
 
-def loss(runs: Sequence[Training]) -> Plot | None:
-    """Loss and held-out loss."""
-    series, rings, spans = [], [], set()
-    for run in runs:
-        found, span = _noisy(run, "loss", run.name or "loss of a step")
-        series += found
-        spans |= {span} if span > 1 else set()
-        held_out = run.points("held_out_loss")
-        colour = run.colour if run.name else 2
-        name = f"{run.name}, held out" if run.name else "held-out loss"
-        if held_out:
-            series.append(Series(name, held_out, colour, dots=True))
-            rings += [p for p in held_out if p[0] == run.best]
+def loss(training: Training) -> Plot | None:
+    """Loss and held-out loss of a run."""
+    plot, held = losses([training]), held_out([training])
+    if not (plot and held):
+        return plot or held
+    series = [*plot.series, *(replace(one, name="held-out loss", colour=2) for one in held.series)]
+    alt = _alt("Loss", [training], "loss", "held_out_loss")
+    note = f"{plot.note} {held.note}".strip()
+    tips = _tips([training])
+    return replace(plot, series=series, rings=held.rings, tips=tips, note=note, alt=alt)
+
+
+def losses(runs: Sequence[Training]) -> Plot | None:
+    """The losses of steps."""
+    found = [(run, *_noisy(run, "loss", run.name or "loss of a step")) for run in runs]
+    series = [one for _, some, _ in found for one in some]
     if not series:
         return None
-    note = " ".join(f"The strong line is the mean of {span} steps." for span in sorted(spans))
+    spans = sorted({span for *_, span in found if span > 1})
+    notes = [f"The strong line is the mean of {' or '.join(map(str, spans))} steps."] * bool(spans)
     lost = sum(len(run.points("loss")) - len(run.finite("loss")) for run in runs)
-    note += f" {lost} steps had no finite loss." if lost else ""
-    note += " The ring is the adapter that was kept." if rings else ""
+    notes += [f"{lost} steps had no finite loss."] * bool(lost)
     return Plot(
-        "Loss", STEP, "nats a learned token", series, _alt("Loss", runs, "loss", "held_out_loss"),
-        marks=_marks(runs), tips=_tips(runs), rings=rings, note=note.strip(),
+        "Loss", STEP, UNIT, series, _alt("Loss", runs, "loss"), marks=_marks(runs),
+        tips=_tips(runs, "loss"), note=" ".join(notes),
+    )  # fmt: skip
+
+
+def held_out(runs: Sequence[Training]) -> Plot | None:
+    """The losses on held-out rows."""
+    series = [
+        Series(run.name, points, run.colour, dots=True)
+        for run in runs
+        if (points := run.points("held_out_loss"))
+    ]
+    if not series:
+        return None
+    rings = [p for run in runs for p in run.points("held_out_loss") if p[0] == run.best]
+    note = "The ring is the adapter that was kept." if rings else ""
+    return Plot(
+        "Held-out loss", STEP, UNIT, series, _alt("Held-out loss", runs, "held_out_loss"),
+        marks=_marks(runs), tips=_tips(runs, "held_out_loss"), rings=rings, note=note,
     )  # fmt: skip
 
 

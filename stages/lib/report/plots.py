@@ -144,8 +144,15 @@ class Canvas:
         self.add("Text", shown, 12, round(x, 1), round(y, 1), text_anchor=anchor, **given)
 
     def frame(
-        self, across: Sequence[float], up: Sequence[float], x: str, y: str, *, zero: bool, whole: bool
-    ) -> None:  # fmt: skip
+        self,
+        across: Sequence[float],
+        up: Sequence[float],
+        x: str,
+        y: str,
+        *,
+        zero: bool,
+        whole: bool,
+    ) -> None:
         """Both axes, with grid, ticks and units."""
         self.y = axes.axis(up, self.height - FOOT, 30, 5, zero=zero)
         labels = self.y.labels()
@@ -155,15 +162,21 @@ class Canvas:
             self.add("Line", left, at, self.width - RIGHT, at, class_="grid")
             self.words(label, left - 6, at + 4, "end")
         self.words(y, 0, 12, kind="unit")
-        self.across(across, x, left=left, whole=whole)
+        self.across(across, x, left=left, exact=True, whole=whole)
 
     def across(
-        self, values: Sequence[float], unit: str, *, left: float, whole: bool = False
+        self,
+        values: Sequence[float],
+        unit: str,
+        *,
+        left: float,
+        exact: bool = False,
+        whole: bool = False,
     ) -> None:
         """The x axis alone."""
         bottom = self.height - FOOT
         about = 5 if self.width < 500 else 8
-        self.x = axes.axis(values, left, self.width - RIGHT, about, whole=whole)
+        self.x = axes.axis(values, left, self.width - RIGHT, about, exact=exact, whole=whole)
         self.add("Line", left, bottom, self.width - RIGHT, bottom, class_="axis")
         for value, label in zip(self.x.ticks, self.x.labels(), strict=True):
             at = self.x.at(value)

@@ -62,7 +62,7 @@ def plots(found: Found) -> list[Figure | str]:
     run = training(found)
     if not run:
         return []
-    loss = curves.loss([run])
+    loss = curves.loss(run)
     drawn: list[Figure | str] = [figure(loss, wide=True)] if loss else []
     on_cpu = _device(found).get("type") == "cpu"
     for plot, title, why in (
@@ -173,7 +173,7 @@ def cards(found: Found) -> list[tuple[str, str, str]]:
             )
         peak = adapter.get("peak_gpu_bytes")
         shown.append(
-            ("peak memory", gib(peak), f"of the GPU, {adapter['gpus']} of them") if peak
+            ("peak memory", gib(peak), "of the GPU" if adapter["gpus"] == 1 else "of the first GPU") if peak
             else ("peak memory", gib(made.manifest["peak_host_bytes"]), "of the host")
         )  # fmt: skip
     elif found.training:
