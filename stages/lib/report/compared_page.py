@@ -13,7 +13,7 @@ from stages.lib.report.page import render
 from stages.lib.report.plots import Figure, figure
 from stages.lib.report.provenance import duration, gib
 from stages.lib.report.run_page import LONGEST, training
-from stages.lib.report.standing import standing
+from stages.lib.report.verdict import verdict
 
 TEMPLATE = "compared.html.jinja"
 QUESTIONS = 8
@@ -24,7 +24,7 @@ def page(runs: Sequence[Found]) -> str:
     """The page."""
     differing, alike = settings(runs)
     return render(
-        TEMPLATE, longest=LONGEST, names=names(runs), standings=[standing(run) for run in runs],
+        TEMPLATE, longest=LONGEST, names=names(runs), verdicts=[verdict(run) for run in runs],
         folders=[str(run.folder) for run in runs], sentence=sentence(runs), cautions=cautions(runs),
         results=results(runs), intervals=_intervals(runs), plots=plots(runs), differing=differing,
         alike=alike, versions=versions(runs), questions=questions(runs),
@@ -107,7 +107,7 @@ def results(runs: Sequence[Found]) -> list[Facts]:
     lines: list[Facts] = [
         {
             "words": "state",
-            "cells": [{"value": standing(run).state, "interval": None} for run in runs],
+            "cells": [{"value": verdict(run).state, "interval": None} for run in runs],
         }
     ]
     measured = [
@@ -193,8 +193,8 @@ def plots(runs: Sequence[Found]) -> list[Figure | str]:
 
 
 CURVES = {
-    "Loss": curves.losses, "Held-out loss": curves.held_out, "Learning rate": curves.learning_rate, "Gradient norm": curves.gradient,
-    "Throughput": curves.throughput, "GPU memory": curves.memory,
+    "Loss": curves.losses, "Held-out loss": curves.held_out, "Learning rate": curves.learning_rate,
+    "Gradient norm": curves.gradient, "Throughput": curves.throughput, "GPU memory": curves.memory,
 }  # fmt: skip
 
 

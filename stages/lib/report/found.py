@@ -13,7 +13,7 @@ from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import ERROR, BadData
 from stages.lib.run.rundir import MADE_BY
 
-MERGE_REPORT = "merge_report.json"
+MERGE_REPORT, HEARTBEAT = "merge_report.json", "heartbeat.json"
 PARTS = {"train": "train.arrow", "held_out": "held_out.arrow"}
 # What an artifact was made from, by the name that its manifest has for it.
 MADE_FROM = {
@@ -40,7 +40,8 @@ class Found:
         training: `history`, `step`, `steps` and `done`; None where nothing was trained yet.
         evaluation, merge: what these wrote of their results, None where they have not.
         lengths: tokens of a row -> rows, of each part of the data. learned: tokens to learn of each part.
-        attempts: their records, oldest first. error: how the last command failed. holder: who is at work.
+        attempts: their records, oldest first. error: how the last command failed. holder: who is at work,
+            and whether `here`. beat: how far that is, as its heartbeat says.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Found:
     attempts: list[Facts]
     error: Facts | None
     holder: Facts | None
+    beat: Facts
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def look(folder: Path, readers: Readers) -> Found:
         # Of a command that makes something: a question that was not answered is no failed run.
         failed if failed.get("stage") in MADE_BY.values() else None,
         lease.holder(folder),
+        notes.read(folder / HEARTBEAT) or {},
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from stages.lib.report.found import Found
 from stages.lib.report.page import render
 from stages.lib.report.plots import Figure, figure
 from stages.lib.report.provenance import duration, gib, joined
-from stages.lib.report.standing import standing
+from stages.lib.report.verdict import verdict
 
 FILE = "report.html"
 TEMPLATE = "run.html.jinja"
@@ -27,7 +27,7 @@ def page(found: Found) -> str:
     """The page."""
     evaluation = found.evaluation
     return render(
-        TEMPLATE, longest=LONGEST, found=found, standing=standing(found), cards=cards(found),
+        TEMPLATE, longest=LONGEST, found=found, verdict=verdict(found), cards=cards(found),
         plots=plots(found), accounts=accounts(found), histogram=_histogram(found),
         norms=pictures.norms(_health(found)), health=_living(found), merge=merge(found),
         intervals=_intervals(evaluation),

@@ -6,8 +6,8 @@ from stages.lib.report import comparison, provenance
 from stages.lib.report.compared_page import names, results
 from stages.lib.report.found import Found
 from stages.lib.report.preview import visible
-from stages.lib.report.standing import beware, standing
 from stages.lib.report.table import table
+from stages.lib.report.verdict import beware, verdict
 
 
 def summary(found: Found) -> str:
@@ -15,7 +15,7 @@ def summary(found: Found) -> str:
     lead = (
         comparison.summary_table(found.evaluation)
         if found.evaluation
-        else visible("\n".join(standing(found).sentences))
+        else visible("\n".join(verdict(found).sentences))
     )
     rows = [
         (name, str(made.path), provenance.megabytes(made.manifest))

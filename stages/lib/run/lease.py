@@ -147,9 +147,12 @@ def _check_ours(path: Path, own: dict[str, Any]) -> None:
 
 
 def holder(run_dir: Path) -> dict[str, Any] | None:
-    """Who holds a run directory, if it seems to live: a holder on another host is not watched for its beat."""
+    """Who holds a run directory, unless it is dead, and whether that is `here`; elsewhere nobody can tell."""
     found = notes.read(run_dir / HOLDER)
-    return None if not found or (_here(found, _own("")) and not _alive(found)) else found
+    if not found:
+        return None
+    here = _here(found, _own(""))
+    return None if here and not _alive(found) else found | {"here": here}
 
 
 def at_work(run_dir: Path, stage: str) -> str:

@@ -11,11 +11,12 @@ CHAIN = ("data", "adapter", "evaluation")  # without which a run is not over
 
 
 @dataclass(frozen=True)
-class Standing:
+class Verdict:
     """What a page begins with.
 
     Attributes:
-        state: finished, going on, stopped, failed, unfinished or empty. kind: its colour: `good`, `bad` or
+        state: done, going on, perhaps (held where this machine cannot see it), stopped, failed, unfinished or
+            empty. kind: its colour: `good`, `bad` or
             `open`. sentences: the verdict is the first.
     """
 
@@ -24,35 +25,44 @@ class Standing:
     sentences: list[str]
 
 
-def standing(found: Found) -> Standing:
-    """How a run stands."""
+def verdict(found: Found) -> Verdict:
+    """What is said of a run first."""
     results = _results(found)
     for state, kind, said in (_at_work(found), _failed(found), _killed(found)):
         if said:
-            return Standing(state, kind, [said, *results])
+            return Verdict(state, kind, [said, *results])
     missing = [name for name in CHAIN if name not in found.artifacts]
     if not missing:
         kind = {"better": "good", "worse": "bad"}.get((found.evaluation or {})["verdict"], "open")
-        return Standing("finished", "open" if beware(found) else kind, results)
+        return Verdict("done", "open" if beware(found) else kind, results)
     if found.empty:
-        return Standing("empty", "open", ["Nothing was made here yet."])
+        return Verdict("empty", "open", ["Nothing was made here yet."])
     next_one = f"Next is `{MADE_BY[missing[0]]}`."
     lead = results or [_progress(found) or f"There is {_listed(found)}, and no {missing[0]} yet."]
-    return Standing("unfinished", "open", [*lead, next_one])
+    return Verdict("unfinished", "open", [*lead, next_one])
 
 
 def _at_work(found: Found) -> tuple[str, str, str]:
-    if not found.holder:
-        return "", "", ""
     holder = found.holder
+    if not holder:
+        return "", "", ""
     said = f"`{holder.get('stage')}` is at work since {_time(holder.get('started'))} on {holder.get('host')}"
-    tail = f": {_lower(_progress(found))}" if _progress(found) and not _trained(found) else "."
-    return "going on", "open", said + tail
+    state = "going on" if holder["here"] else "perhaps"
+    if not holder["here"]:
+        said += ", if that machine is still there"
+    done, total = (found.beat.get(key) for key in ("done", "total"))
+    if isinstance(done, (int, float)) and isinstance(total, (int, float)):
+        said += f": {done:,.0f} of {total:,.0f} {found.beat.get('unit')}"
+    if not _trained(found) and (progress := _progress(found)):
+        said += f". {progress}"
+    return state, "open", said.rstrip(".") + "."
 
 
 def _failed(found: Found) -> tuple[str, str, str]:
-    error = found.error
-    if not error:
+    error = found.error or {}
+    made = {MADE_BY[name] for name in found.artifacts}
+    # An option that was refused does not undo what is there.
+    if not error or (error.get("attempt") is None and error.get("stage") in made):
         return "", "", ""
     again = bool(error.get("retryable"))
     what = "stopped" if again else "failed"
@@ -120,10 +130,6 @@ def beware(found: Found) -> list[str]:
 
 def _listed(found: Found) -> str:
     return ", ".join(found.artifacts) or "nothing whole"
-
-
-def _lower(said: str) -> str:
-    return said[:1].lower() + said[1:]
 
 
 def _time(stamp: Any) -> str:
