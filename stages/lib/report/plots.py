@@ -14,7 +14,7 @@ MOST = 700  # points of a drawn line
 HITS = 120  # columns of a plot that have a tooltip
 COLOURS = 8
 LETTER = 6.4  # pixels that a digit is wide
-RIGHT, FOOT = 14, 36  # pixels beside and below the axes
+RIGHT, FOOT, HEAD = 14, 36, 38  # pixels beside, below and above the axes
 SMALL = (400, 250)
 WIDE = (920, 320)
 
@@ -154,7 +154,7 @@ class Canvas:
         whole: bool,
     ) -> None:
         """Both axes, with grid, ticks and units."""
-        self.y = axes.axis(up, self.height - FOOT, 30, 5, zero=zero)
+        self.y = axes.axis(up, self.height - FOOT, HEAD, 5, zero=zero)
         labels = self.y.labels()
         left = 12 + LETTER * max(map(len, labels))
         for value, label in zip(self.y.ticks, labels, strict=True):
@@ -192,11 +192,11 @@ class Canvas:
             at = self.x.at(mark.at)
             kind = "mark strong" if mark.strong else "mark"
             self.add("Line", at, self.y.end - 4, at, self.y.start, class_=kind, title=mark.word)
-            width = LETTER * len(mark.word)
-            if at - width / 2 > free:
-                place = min(max(at, self.x.start + width / 2), self.x.end - width / 2)
+            half = LETTER * len(mark.word) / 2
+            place = min(max(at, self.x.start + half), self.x.end - half)
+            if place - half > free:
                 self.words(mark.word, place, self.y.end - 7, "middle", "unit")
-                free = place + width / 2 + 6
+                free = place + half + 6
 
     def line(self, series: Series) -> None:
         """A line through points, in pieces where one is not finite."""

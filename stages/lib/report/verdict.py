@@ -68,7 +68,8 @@ def _failed(found: Found) -> tuple[str, str, str]:
     what = "stopped" if again else "failed"
     said = f"`{error.get('stage')}` {what} with exit {error.get('exit')} ({error.get('code')}): "
     said += str(error.get("message", "")).rstrip(".") + "."
-    if (hint := error.get("hint", "-")) != "-":
+    hint = error.get("hint", "-")
+    if hint != "-" and "same command goes on" not in said:
         said += f" What to do: {hint}."
     if not _trained(found) and (progress := _progress(found)):
         said += f" {progress}"

@@ -29,7 +29,9 @@ def settings(**values: Any) -> dict[str, Any]:
     return {name: {"value": value, "from": origin} for name, (value, origin) in said.items()}
 
 
-def steps(count: int = 60, recorded: bool = True, restarts: tuple[int, ...] = (21, 41)) -> list[dict[str, Any]]:
+def steps(
+    count: int = 60, recorded: bool = True, restarts: tuple[int, ...] = (21, 41)
+) -> list[dict[str, Any]]:
     """A history; without `recorded` as older versions have it."""
     found, at = [], STARTED
     for step in range(1, count + 1):
@@ -48,12 +50,19 @@ def steps(count: int = 60, recorded: bool = True, restarts: tuple[int, ...] = (2
     return found
 
 
-def publish(run: Path, name: str, files: dict[str, str], manifest: dict[str, Any]) -> artifact.Artifact:
+def publish(
+    run: Path, name: str, files: dict[str, str], manifest: dict[str, Any]
+) -> artifact.Artifact:
     """An artifact of a run."""
     with tempfile.TemporaryDirectory() as scratch:
         for file, content in files.items():
             (Path(scratch) / file).write_text(content)
-        common = {"versions": VERSIONS, "wall_seconds": 12.5, "peak_host_bytes": 2**30, "settings": settings()}
+        common = {
+            "versions": VERSIONS,
+            "wall_seconds": 12.5,
+            "peak_host_bytes": 2**30,
+            "settings": settings(),
+        }
         return artifact.publish(Path(scratch), run / name, common | manifest)
 
 
@@ -85,14 +94,22 @@ def data(run: Path, **said: Any) -> artifact.Artifact:
         return artifact.publish(folder, run / "data", manifest)
 
 
-def adapter(run: Path, made_from: str, past: list[dict[str, Any]], **metrics: Any) -> artifact.Artifact:
+def adapter(
+    run: Path, made_from: str, past: list[dict[str, Any]], **metrics: Any
+) -> artifact.Artifact:
     """A finished training."""
     norms = {
         f"model.layers.{layer}.self_attn.{kind}": 0.5 + layer / 10
         for layer in range(4)
         for kind in ("q_proj", "v_proj")
     }
-    first = {"step": 1, "modules": 8, "least": 0.01, "least_in": next(iter(norms)), "without_input": []}
+    first = {
+        "step": 1,
+        "modules": 8,
+        "least": 0.01,
+        "least_in": next(iter(norms)),
+        "without_input": [],
+    }
     whole = {
         "steps": 60, "epochs": 2.0, "tokens": 126, "trained_tokens": 118, "loss": 1.05, "history": past,
         "base_precision": "bf16", "tokens_per_second": 9050.0, "train_seconds": 120.0, "best_step": 60,
@@ -135,7 +152,11 @@ def merged(run: Path, made_from: str) -> artifact.Artifact:
         "mean_kl": 2e-5, "top1_agreement": 0.9975, "fold_kl": 1e-5, "perplexity": 4.01, "answers_equal": 1.0,
         "perplexity_as_trained": 4.0, "perplexity_change": 0.0025, "compared_tokens": 400,
     }  # fmt: skip
-    manifest = {"stage": "merge", "inputs": {"adapter": made_from, "base": BASE}, "metrics": metrics}
+    manifest = {
+        "stage": "merge",
+        "inputs": {"adapter": made_from, "base": BASE},
+        "metrics": metrics,
+    }
     return publish(run, "merged", {found.MERGE_REPORT: json.dumps(report)}, manifest)
 
 
