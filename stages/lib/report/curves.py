@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.lib.report import axes
-from stages.lib.report.plots import Mark, Plot, Point, Series, smoothed
+from stages.lib.report.plots import HITS, Mark, Plot, Point, Series, smoothed, spread
 
 SMOOTH_FROM = 40  # steps from which a mean over several is drawn too
 STEP, UNIT = "optimizer step", "nats a learned token"
@@ -227,23 +227,25 @@ TOLD: dict[str, Callable[[float], str]] = {
 
 
 def _tips(runs: Sequence[Training], *keys: str) -> list[tuple[float, str]]:
-    """What is told of each step; all keys, if none are named."""
-    told: dict[float, list[str]] = {}
+    """What is told of steps, of as many as have room; all keys, if none are named."""
+    wanted = {key: form for key, form in TOLD.items() if not keys or key in keys}
+    steps = {
+        float(e["step"]) for run in runs for e in run.history if not e.keys().isdisjoint(wanted)
+    }
+    chosen = set(spread(sorted(steps), HITS))
+    told: dict[float, list[str]] = {step: [] for step in sorted(chosen)}
     for run in runs:
         for entry in run.history:
-            words = [
-                form(_number(entry[key]))
-                for key, form in TOLD.items()
-                if (not keys or key in keys) and entry.get(key) is not None
-            ]
-            if not words:
+            if float(entry["step"]) not in chosen:
                 continue
-            lead = f"{run.name}: " if run.name else ""
-            at = f" ({moment(_number(entry['at']))})" if not run.name and entry.get("at") else ""
-            told.setdefault(float(entry["step"]), []).append(lead + ", ".join(words) + at)
-    return [
-        (step, "\n".join([f"step {step:,.0f}", *lines])) for step, lines in sorted(told.items())
-    ]
+            words = [f(_number(entry[k])) for k, f in wanted.items() if entry.get(k) is not None]
+            if words:
+                lead = f"{run.name}: " if run.name else ""
+                at = (
+                    f" ({moment(_number(entry['at']))})" if not run.name and entry.get("at") else ""
+                )
+                told[float(entry["step"])].append(lead + ", ".join(words) + at)
+    return [(step, "\n".join([f"step {step:,.0f}", *lines])) for step, lines in told.items()]
 
 
 def _alt(title: str, runs: Sequence[Training], *keys: str) -> str:

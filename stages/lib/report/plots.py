@@ -218,8 +218,7 @@ class Canvas:
 
     def tips(self, tips: Sequence[tuple[float, str]]) -> None:
         """Columns without colour, each with what is told of its place."""
-        if len(tips) > HITS:
-            tips = [tips[round(n * (len(tips) - 1) / (HITS - 1))] for n in range(HITS)]
+        tips = spread(tips, HITS)
         places = [self.x.at(x) for x, _ in tips]
         for n, (_, told) in enumerate(tips):
             low = (places[n - 1] + places[n]) / 2 if n else self.x.start
@@ -234,6 +233,13 @@ class Canvas:
         return Markup(
             "\n".join(line for line in drawn.splitlines() if line not in ("<defs>", "</defs>"))
         )
+
+
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(n * (len(values) - 1) / (most - 1))] for n in range(most)]
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:

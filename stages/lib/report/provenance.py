@@ -5,10 +5,11 @@ from typing import Any
 
 from stages.lib.report.evaluation_page import facts, plain
 from stages.lib.report.found import Found
+from stages.lib.report.page import cut
 from stages.lib.run.rundir import MADE_BY
 
 ORIGINS = ("flag", "environment", "preset", "default")
-MOST_ROWS = 300
+MOST_ROWS, LONGEST = 300, 300  # rows of a table, and characters of what is in them
 DIGITS = 12  # of a hash that is shown beside others; all of them stand with the files
 
 
@@ -20,7 +21,7 @@ def settings(found: Found) -> list[dict[str, Any]]:
             key = (variable, plain(entry["value"]), str(entry["from"]))
             entries.setdefault(key, []).append(MADE_BY[name])
     rows = [
-        {"name": name, "value": value, "origin": origin, "stages": ", ".join(stages)}
+        {"name": name, "value": cut(value, LONGEST), "origin": origin, "stages": ", ".join(stages)}
         for (name, value, origin), stages in entries.items()
     ]
     known = {origin: place for place, origin in enumerate(ORIGINS)}
@@ -59,6 +60,7 @@ def files(found: Found) -> list[tuple[str, str, str]]:
 
 def shortened(rows: list[Any]) -> list[Any]:
     """The first rows, and how many more there are."""
+    rows = [tuple(cut(str(cell), LONGEST) for cell in row) for row in rows]
     if len(rows) <= MOST_ROWS:
         return rows
     blank = [""] * (len(rows[0]) - 1)

@@ -7,14 +7,14 @@ from stages.lib.report import card, curves, evaluation_page, pictures, provenanc
 from stages.lib.report.answers import SIDES
 from stages.lib.report.curves import Training
 from stages.lib.report.found import Found
-from stages.lib.report.page import render
+from stages.lib.report.page import cut, render
 from stages.lib.report.plots import Figure, figure
 from stages.lib.report.provenance import duration, gib, joined
 from stages.lib.report.verdict import verdict
 
 FILE = "report.html"
 TEMPLATE = "run.html.jinja"
-ANSWERS, LONGEST = 16, 5_000  # questions, and characters of a text: the page stays below 3 MB
+ANSWERS, LONGEST = 16, 4_000  # questions, and characters of a text: the page stays below 3 MB
 MERGED = card.PROOF | {"perplexity_change": "relative change of the perplexity"}
 SHARES = {
     "top1_agreement": "{:.2%}", "answers_equal": "{:.2%}", "perplexity_change": "{:+.3%}",
@@ -236,7 +236,10 @@ def _intervals(evaluation: Facts | None) -> Figure | None:
 def _parts(evaluation: Facts | None) -> list[Facts]:
     if not evaluation:
         return []
-    return [p | {"rows": p["rows"][-100:]} for p in evaluation_page.parts(evaluation)]
+    return [
+        part | {"rows": [row | {"name": cut(row["name"], 200)} for row in part["rows"][-100:]]}
+        for part in evaluation_page.parts(evaluation)
+    ]
 
 
 def _others(evaluation: Facts | None) -> list[Facts]:

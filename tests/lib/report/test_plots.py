@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -89,4 +90,4 @@ def test_words_of_marks_do_not_run_into_each_other() -> None:
     assert len(elements(drawn, "mark")) == 40
     places = sorted(float(e.get("x") or 0) for e in elements(drawn, "unit") if e.text == "restart")
     assert 2 <= len(places) < 10
-    assert min(b - a for a, b in zip(places, places[1:], strict=False)) > 40
+    assert min(b - a for a, b in pairwise(places)) > 40
