@@ -3,14 +3,25 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.lib.model.loss import Plan, Rows
+if TYPE_CHECKING:  # so that a report, which reads losses alone, does without torch
+    from stages.lib.model.loss import Plan, Rows
 
 
 def steps_done(checkpoint: Path) -> int:
     """The optimizer steps behind a checkpoint."""
     return int(_state(checkpoint)["global_step"])
+
+
+def so_far(checkpoint: Path) -> dict[str, Any]:
+    """What a run did up to a checkpoint: its `history`, `step`, and the `steps` that it is to have."""
+    state = _state(checkpoint)
+    return {
+        "history": _history(state["log_history"]),
+        "step": state["global_step"],
+        "steps": state["max_steps"],
+    }
 
 
 def first_gradients(checkpoint: Path) -> dict[str, Any] | None:
@@ -23,7 +34,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / "trainer_state.json").read_text()))
 
 
-def summary(plan: Plan, rows: Rows, last: Path) -> dict[str, Any]:
+def summary(plan: "Plan", rows: "Rows", last: Path) -> dict[str, Any]:
     """What a finished run did, by its plan and its last checkpoint; the losses are in nats a learned token."""
     history = _history(_state(last)["log_history"])
     used = [plan.rows(number) for number in range(plan.total_bins)]

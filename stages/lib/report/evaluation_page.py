@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from stages.lib.report import judge, scores
 from stages.lib.report.answers import SIDES
-from stages.lib.report.preview import visible
+from stages.lib.report.page import render
 
 MARKDOWN, PAGE = "evaluation.md", "evaluation.html"
-TEMPLATE = Path(__file__).parent / "evaluation.html.jinja"
+TEMPLATE = "evaluation.html.jinja"
 OTHERS = {
     "benchmarks": "Benchmarks",
     "judge": "A judge's opinion",
@@ -134,11 +134,12 @@ def facts(found: Any, path: str = "") -> list[tuple[str, str]]:
             leaf for place, inner in enumerate(found) for leaf in facts(inner, f"{path}.{place}")
         ]
     if isinstance(found, list):
-        found = ", ".join(map(_plain, found))
-    return [(path, _plain(found))]
+        found = ", ".join(map(plain, found))
+    return [(path, plain(found))]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A leaf as text."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -151,7 +152,7 @@ def others(result: dict[str, Any]) -> list[dict[str, Any]]:
     for name, title in OTHERS.items():
         if result.get(name):
             own = shown[name](result[name])
-            cells = [[_plain(cell) for cell in row] for row in own["rows"]]
+            cells = [[plain(cell) for cell in row] for row in own["rows"]]
             found.append(own | {"title": title, "rows": cells})
     return found
 
@@ -171,18 +172,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 def page(result: dict[str, Any]) -> str:
     """The page; whatever is in a text, it is shown and does nothing."""
-    from jinja2 import Environment, StrictUndefined
-
-    def finalize(value: Any) -> Any:
-        # A text marked as safe is the template's own.
-        return visible(value) if type(value) is str else value
-
-    environment = Environment(
-        autoescape=True, finalize=finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        result=result, rows=rows(result), parts=parts(result), others=others(result), sides=SIDES,
+    return render(
+        TEMPLATE, result=result, rows=rows(result), parts=parts(result), others=others(result), sides=SIDES,
         made_of=facts(result["made_of"]) + facts(result["method"], "method"), width=WIDTH,
     )  # fmt: skip
 

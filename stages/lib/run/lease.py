@@ -146,12 +146,21 @@ def _check_ours(path: Path, own: dict[str, Any]) -> None:
         raise _in_use(path, holder)
 
 
+def holder(run_dir: Path) -> dict[str, Any] | None:
+    """Who holds a run directory, unless it is dead, and whether that is `here`; elsewhere nobody can tell."""
+    found = notes.read(run_dir / HOLDER)
+    if not found:
+        return None
+    here = _here(found, _own(""))
+    return None if here and not _alive(found) else found | {"here": here}
+
+
 def at_work(run_dir: Path, stage: str) -> str:
     """That `stage` is at work on a run directory, for a sentence; nothing where it seems not to be."""
-    holder = notes.read(run_dir / HOLDER) or {}
-    if holder.get("stage") != stage or (_here(holder, _own("")) and not _alive(holder)):
+    found = holder(run_dir) or {}
+    if found.get("stage") != stage:
         return ""
-    return f"`{stage}` is at work on it, process {holder.get('pid')} on {holder.get('host')}"
+    return f"`{stage}` is at work on it, process {found.get('pid')} on {found.get('host')}"
 
 
 @contextlib.contextmanager
