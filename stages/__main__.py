@@ -41,15 +41,17 @@ def _register() -> None:
     from stages.tools.doctor import doctor
     from stages.tools.export import export
     from stages.tools.fetch import fetch
+    from stages.tools.gc import gc
     from stages.tools.job import job
     from stages.tools.options import options
     from stages.tools.push import push
     from stages.tools.report import report
+    from stages.tools.runs import runs
     from stages.train import train
 
     for command in (
-        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
-        job, copy, options,
+        doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, runs, gc,
+        chain, job, copy, options,
     ):  # fmt: skip
         stages.add_command(command)
 
