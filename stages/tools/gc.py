@@ -33,7 +33,7 @@ def gc(folder: Path | None, delete: bool, as_json: bool, beside: Path) -> None:
     found, said = _found(folder or beside.parent)
     listed = [item for items in found.values() for item in items] + debris.in_scratch()
     if not as_json:
-        click.echo("\n".join([_table(listed), *said]))
+        click.echo("\n".join([_listing(listed), *said]))
         delete = delete or (bool(listed) and _agreed(sum(item.bytes for item in listed)))
     gone, kept, failed = _remove(found, listed) if delete else ([], [], [])
     if as_json:
@@ -71,16 +71,14 @@ def _found(folder: Path) -> "tuple[dict[Path, list[Needless]], list[str]]":
     return found, said
 
 
-def _table(listed: "list[Needless]") -> str:
-    from stages.lib.report.table import table
+def _listing(listed: "list[Needless]") -> str:
     from stages.lib.run.standing import plain
     from stages.lib.run.volume import amount
 
     if not listed:
         return "there is nothing to remove"
-    rows = [(plain(item.path), item.reason, amount(item.bytes)) for item in listed]
-    total = amount(sum(item.bytes for item in listed))
-    return table(("what", "why", "size"), [*rows, ("all of it", "", total)])
+    lines = [f"{amount(item.bytes):>11}  {plain(item.path)}: {item.reason}" for item in listed]
+    return "\n".join([*lines, f"{amount(sum(item.bytes for item in listed)):>11}  all of it"])
 
 
 def _agreed(size: int) -> bool:
