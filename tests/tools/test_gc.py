@@ -182,7 +182,9 @@ def test_a_link_leads_nowhere(stages: Stages, tmp_path: Path) -> None:
     (run / "gguf.parts").symlink_to(outside / "debris")
     (run / "hub").symlink_to(outside)
     (run / debris.SHARDS).symlink_to(outside / "run")
-    (run / "checkpoints" / "step-00000003").symlink_to(outside / "run" / "adapter")
+    (run / "checkpoints" / "step-00000003").symlink_to(
+        outside / "run" / "checkpoints" / "step-00000002"
+    )
     inside = cut_off(run / "evaluation")
     (inside / "folder").symlink_to(outside / "folder")
     (inside / "file").symlink_to(outside / "folder" / "precious.txt")
@@ -239,9 +241,11 @@ def test_what_has_become_an_artifact_since_it_was_listed_stays(tmp_path: Path) -
     told = debris.in_run(run)
     assert "merged" in {item.path.name for item in told}
     publish(run, "merged")
+    cut_off(run / "gguf")  # nobody has seen it in the list
     gone, _ = debris.clear(run, told)
     assert {item.path.name for item in gone} == {"step-00000001", "step-00000002"}
     assert whole(run / "merged")
+    assert (run / "gguf").is_dir()
 
 
 @pytest.mark.parametrize(

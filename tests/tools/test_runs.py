@@ -69,7 +69,12 @@ def test_a_run_is_going_on_while_its_process_lives(tmp_path: Path) -> None:
         found = standing.standing(run)
         assert (found.state, found.stage) == ("going on", "train")
         assert found.why == f"process {process.pid} on {socket.gethostname()}"
-        assert (found.step, found.held_out_loss) == (2, 2.5)
+        assert (found.step, found.loss, found.held_out_loss) == (2, None, 2.5)
+        beat = {"unit": "steps", "done": 7, "total": 90, "eta_seconds": 4000.5, "loss": 2.25}
+        (run / standing.HEARTBEAT).write_text(json.dumps(beat | {"tokens_per_second": None}))
+        found = standing.standing(run)
+        assert found.why.endswith("; 7 of 90 steps, 67 min left")
+        assert (found.step, found.loss, found.held_out_loss) == (7, 2.25, 2.5)
         # Suspended: the process is there, and its counter stands still.
         past = time.time() - lease.STALE_SECONDS - 30
         os.utime(run / lease.HOLDER, (past, past))
@@ -133,11 +138,15 @@ def test_a_refused_command_does_not_undo_what_is_there(tmp_path: Path) -> None:
 def broken(run: Path, how: str) -> None:
     finished(run)
     names = {
-        "error": exits.ERROR, "holder": lease.HOLDER, "manifest": "adapter/manifest.json",
+        "error": exits.ERROR, "beat": standing.HEARTBEAT, "holder": lease.HOLDER,
+        "manifest": "adapter/manifest.json",
         "checkpoint": "checkpoints/step-00000002/manifest.json",
         "attempt": next((run / "attempts").iterdir()).relative_to(run),
     }  # fmt: skip
     what, _, form = how.partition(" ")
+    if what == "beat":  # is looked at while somebody may be at work
+        held_by(run, host="elsewhere")
+        shutil.rmtree(run / "adapter")
     path = run / names[what]
     path.unlink(missing_ok=True)
     if form == "pipe":
@@ -160,7 +169,7 @@ STRANGE = json.dumps(
         "schema": 1, "files": {}, "code": ["x"],
         "metrics": {"loss": "low", "steps": [1], "held_out_loss": 1e400, "step": True},
         "stage": {"a": 1}, "exit": None, "message": "\x1b[2J\ud800\n", "pid": 1 << 80, "host": 7,
-        "started": 5, "seconds": "x", "end": "x", "boot": 1,
+        "unit": "steps", "done": [], "total": 1e400, "started": 5, "seconds": "x", "end": "x", "boot": 1,
     }
 )  # fmt: skip
 FORMS = ("pipe", "link", "folder", "huge", "deep", "list", "cut", "strange")
@@ -170,7 +179,7 @@ def test_nothing_that_lies_in_a_run_breaks_the_table(stages: Stages, tmp_path: P
     runs = tmp_path / "runs"
     cases = [
         f"{what} {form}"
-        for what in ("error", "holder", "manifest", "checkpoint", "attempt")
+        for what in ("error", "beat", "holder", "manifest", "checkpoint", "attempt")
         for form in FORMS
     ]
     for case in cases:

@@ -21,6 +21,8 @@ from stages.lib.run.rundir import MADE_BY
 
 DEEPEST = 3  # folders between the one that is looked through and a run
 AT_ONCE = 16  # what a slow volume takes its time for is waited for side by side
+HEARTBEAT = "heartbeat.json"  # of the command at work: how far it is
+NUMBERS = ("loss", "held_out_loss", "tokens_per_second")
 STOPS = ("stopped", "try-again", "in-use", "interrupted", "killed", "terminated")
 
 
@@ -118,9 +120,13 @@ def _state(
     """State, the stage that it is about, and why."""
     seen = lease.seen(run)
     if seen and seen.sure:
-        return "going on", seen.stage, seen.process
+        return "going on", seen.stage, seen.process + _how_far(run)
     if seen and seen.alive is not False:
-        return "perhaps", seen.stage, f"{seen.process}, last beat {span(seen.idle)} ago"
+        return (
+            "perhaps",
+            seen.stage,
+            f"{seen.process}, last beat {span(seen.idle)} ago{_how_far(run)}",
+        )
     error = notes.peek(run / exits.ERROR) or {}
     code, stage = error.get("code"), error.get("stage")
     refused = error.get("attempt") is None and any(MADE_BY[name] == stage for name in made)
@@ -135,12 +141,29 @@ def _state(
 
 
 def _numbers(run: Path, made: dict[str, Any]) -> tuple[int | None, dict[str, float | None]]:
-    """The step, and what was measured: of the adapter, else of the newest checkpoint."""
-    found = made.get("adapter") or _newest_checkpoint(run)
-    metrics = found.get("metrics", {})
-    names = ("loss", "held_out_loss", "tokens_per_second")
+    """The step, and what was measured: of the adapter, else as the heartbeat or the newest checkpoint says."""
+    found = made.get("adapter")
+    beat = {} if found else notes.peek(run / HEARTBEAT) or {}
+    metrics = (found or _newest_checkpoint(run)).get("metrics", {})
+    if beat.get("unit") == "steps":
+        metrics = metrics | {"step": beat.get("done")} | _of(NUMBERS, beat)
     step = _number(metrics.get("steps", metrics.get("step")))
-    return None if step is None else int(step), {name: _number(metrics.get(name)) for name in names}
+    numbers = dict.fromkeys(NUMBERS) | _of(NUMBERS, metrics)
+    return None if step is None else int(step), numbers
+
+
+def _of(names: tuple[str, ...], said: dict[str, Any]) -> dict[str, float | None]:
+    """Those that are numbers."""
+    numbers = {name: _number(said.get(name)) for name in names}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _how_far(run: Path) -> str:
+    """How far the command at work is, for the end of a sentence; nothing where it does not say."""
+    beat = notes.peek(run / HEARTBEAT) or {}
+    done, total, left = (_number(beat.get(name)) for name in ("done", "total", "eta_seconds"))
+    far = f"; {done:,.0f} of {total:,.0f} {beat.get('unit')}" if done is not None and total else ""
+    return f"{far}, {span(left)} left" if far and left is not None else far
 
 
 def _newest_checkpoint(run: Path) -> dict[str, Any]:
