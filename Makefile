@@ -50,7 +50,7 @@ submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults check docs plan doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
+.PHONY: help setup demo test test-faults docs-test check docs plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -95,6 +95,11 @@ push: $(ready) ## Upload the adapter to REPOSITORY=owner/name, private
 	$(stage) push
 report: $(ready) ## Print what the run came to
 	$(stage) report
+runs gc: override RUN_DIR := $(patsubst %/,%,$(dir $(RUN_DIR)))
+runs: $(ready) ## Print how the runs beside RUN_DIR stand
+	$(stage) runs "$(RUN_DIR)"
+gc: $(ready) ## List what they no longer need, and ask whether to remove it
+	$(stage) gc "$(RUN_DIR)"
 
 docker-build: ## Build the image; EXTRAS=eval adds benchmarks and the judge
 	docker build --tag $(IMAGE) --build-arg EXTRAS=$(EXTRAS) .
@@ -110,6 +115,8 @@ test: .venv/test ## Run the tests
 test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; half an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+docs-test: .venv/test ## Run every command of the tutorial; four minutes
+	.venv/bin/python -m pytest -m sweep tests/test_tutorial.py
 slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge
 	.venv/bin/python -m tests.slurm
 check: .venv/test ## Lint, types, Dockerfile
@@ -121,3 +128,4 @@ docs: .venv/ready ## Make the generated files anew
 	$(local) options > docs/options.md
 	$(local) options --names > env/settings.names
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+	.venv/bin/python -m tests.troubleshooting > docs/troubleshooting.md

@@ -3,10 +3,21 @@
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from stages import __version__
 from stages.lib.run import environment, redaction, settings, several
+from stages.lib.run.environment import SECRETS_FILE
 from stages.lib.run.exits import Reported
+
+COMPLETE = "_LORA_STAGES_COMPLETE"  # set by the scripts of `completion`
+
+
+def _presets(_: click.Context, __: click.Parameter, word: str) -> list[CompletionItem[str]]:
+    """The presets that go on from a word; any file, where there is none."""
+    found = sorted(str(path) for path in Path("env").glob("*.env") if path.name != SECRETS_FILE)
+    fitting = [CompletionItem(path) for path in found if path.startswith(word)]
+    return fitting or [CompletionItem(word, type="file")]
 
 
 @click.group(cls=settings.Stages)
@@ -14,6 +25,7 @@ from stages.lib.run.exits import Reported
 @click.option(
     "--env-file",
     type=click.Path(path_type=Path),
+    shell_complete=_presets,
     help="Preset: a file of NAME=value lines, such as env/sample.env.",
 )
 @click.pass_context
@@ -37,20 +49,23 @@ def _register() -> None:
     from stages.prepare_data import prepare_data
     from stages.tools.chain import chain
     from stages.tools.chat import chat
+    from stages.tools.completion import completion
     from stages.tools.copy import copy
     from stages.tools.doctor import doctor
     from stages.tools.export import export
     from stages.tools.fetch import fetch
+    from stages.tools.gc import gc
     from stages.tools.job import job
     from stages.tools.options import options
     from stages.tools.plan import plan
     from stages.tools.push import push
     from stages.tools.report import report
+    from stages.tools.runs import runs
     from stages.train import train
 
     for command in (
-        plan, doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, chain,
-        job, copy, options,
+        plan, doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, runs,
+        gc, chain, job, copy, options, completion,
     ):  # fmt: skip
         stages.add_command(command)
 
@@ -61,7 +76,9 @@ def main() -> None:
     redaction.guard_streams()
     outcome = Reported(redaction.said, several.leave)
     with several.ending(outcome), outcome:
-        stages.main(prog_name="python -m stages", standalone_mode=False, obj=outcome)
+        stages.main(
+            prog_name="python -m stages", complete_var=COMPLETE, standalone_mode=False, obj=outcome
+        )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Found:
     learned: dict[str, int]
     attempts: list[Facts]
     error: Facts | None
-    holder: Facts | None
+    holder: lease.Seen | None
     beat: Facts
 
     @property
@@ -98,9 +98,15 @@ def look(folder: Path, readers: Readers) -> Found:
         [record for _, record in attempts.read(folder)],
         # Of a command that makes something: a question that was not answered is no failed run.
         failed if failed.get("stage") in MADE_BY.values() else None,
-        lease.holder(folder),
+        _holder(folder),
         notes.read(folder / HEARTBEAT) or {},
     )  # fmt: skip
+
+
+def _holder(folder: Path) -> lease.Seen | None:
+    """Who seems to work on a run; nobody that is known to be dead."""
+    seen = lease.seen(folder)
+    return None if seen and seen.alive is False else seen
 
 
 def _json(path: Path) -> Facts:

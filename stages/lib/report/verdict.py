@@ -46,9 +46,9 @@ def _at_work(found: Found) -> tuple[str, str, str]:
     holder = found.holder
     if not holder:
         return "", "", ""
-    said = f"`{holder.get('stage')}` is at work since {_time(holder.get('started'))} on {holder.get('host')}"
-    state = "going on" if holder["here"] else "perhaps"
-    if not holder["here"]:
+    said = f"`{holder.stage}` is at work, {holder.process}"
+    state = "going on" if holder.alive else "perhaps"
+    if not holder.alive:
         said += ", if that machine is still there"
     done, total = (found.beat.get(key) for key in ("done", "total"))
     if isinstance(done, (int, float)) and isinstance(total, (int, float)):

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -33,6 +34,11 @@ KEEP = 20
 SOON_SECONDS = (
     300.0  # a service that takes its machine back this early has left no time for anything
 )
+RECORD = re.compile(r"\d{1,9}-\w+\.json")
+KINDS: dict[str, tuple[type, ...]] = {
+    "stage": (str,), "started": (str,), "seconds": (int, float), "resident_bytes": (int,), "boot": (str,),
+    "oom_kills": (int, type(None)), "said": (str,), "end": (int, type(None)),
+}  # fmt: skip
 KILLED = endings.ending("killed").code
 
 
@@ -81,6 +87,26 @@ def read(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
             if record.keys() >= {"number", "stage", "settings", "seconds", "end", "counts"}:
                 found.append((path, record))
     return sorted(found, key=lambda each: each[1]["number"])
+
+
+def newest(run_dir: Path) -> dict[str, Any] | None:
+    """The record of the last process, without the others being read; its end is filled in if it was killed.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    folder = run_dir / FOLDER
+    try:
+        names = [name for name in os.listdir(folder) if RECORD.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    for name in sorted(names, key=lambda each: (int(each.partition("-")[0]), each), reverse=True):
+        record = notes.peek(folder / name) or {}
+        if all(isinstance(record.get(key), kind) for key, kind in KINDS.items()):
+            if record.get("end") is None:
+                _bury(record)
+            return record
+    return None
 
 
 def in_vain(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

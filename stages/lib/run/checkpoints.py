@@ -21,6 +21,11 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
+def folders(run_dir: Path) -> list[Path]:
+    """What there is of checkpoints, whole or not, oldest first."""
+    return [path for _, path in _steps(run_dir / "checkpoints")]
+
+
 def verified(run_dir: Path, deep: bool = True) -> list[Artifact]:
     """The whole checkpoints of a run, oldest first; what is not whole is named and passed over."""
     found = []
@@ -70,10 +75,52 @@ def prune(run_dir: Path, keep: Artifact) -> None:
 def _remove(path: Path) -> None:
     """Remove what nobody needs; where that fails, its place on the volume is all that is lost."""
     try:
-        failpoints.reach("checkpoint.prune")
-        artifact.retire(path)
+        drop(path)
     except OSError as error:
         say(f"{path} is not needed and could not be removed: {error.strerror}; going on")
+
+
+def drop(path: Path) -> None:
+    """Remove a checkpoint.
+
+    Raises:
+        OSError: something of it cannot be removed.
+    """
+    failpoints.reach("checkpoint.prune")
+    artifact.retire(path)
+
+
+def needless(run_dir: Path, deep: bool = False) -> list[tuple[Path, str]]:
+    """The whole checkpoints that no command needs any more, each with the reason; for `gc`.
+
+    Of a finished run that is all of them, of another all but the newest two and the best. What is not sane is
+    not judged, and all stay where the adapter is corrupt.
+
+    Args:
+        deep: hash what the others are given up for.
+    """
+    there = [path for path in folders(run_dir) if not path.is_symlink()]
+    try:
+        finished = artifact.load(run_dir / "adapter", deep=deep) if there else None
+    except BadData:
+        return []
+    whole = [found for path in there if (found := _sound(path, deep and not finished))]
+    if finished:
+        return [(c.path, "the run is finished: adapter/ has the best and the last") for c in whole]
+    kept = {c.path for c in [*whole[-KEEP:], _best(whole)]} if whole else set()
+    return [(c.path, "neither of the newest two nor the best") for c in whole if c.path not in kept]
+
+
+def _sound(path: Path, deep: bool) -> Artifact | None:
+    """A checkpoint that a run could go on from."""
+    try:
+        found = artifact.load(path, deep=deep)
+    except BadData:
+        return None
+    metrics = found.manifest.get("metrics", {}) if found else {}
+    loss = metrics.get("held_out_loss", "")
+    sane = isinstance(loss, (float, type(None))) and isinstance(metrics.get("step"), int)
+    return found if sane else None
 
 
 def newest(run: Run, inputs: dict[str, Any]) -> Artifact | None:

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +147,50 @@ def _check_ours(path: Path, own: dict[str, Any]) -> None:
         raise _in_use(path, holder)
 
 
-def holder(run_dir: Path) -> dict[str, Any] | None:
-    """Who holds a run directory, unless it is dead, and whether that is `here`; elsewhere nobody can tell."""
-    found = notes.read(run_dir / HOLDER)
-    if not found:
+@dataclass(frozen=True)
+class Seen:
+    """What one look at a holder file tells.
+
+    Attributes:
+        alive: whether its process is; None where only the counter can tell, which takes a minute.
+        idle: seconds since the counter moved, by the volume's clock and ours, which may differ.
+    """
+
+    stage: str
+    process: str
+    alive: bool | None
+    idle: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether somebody surely works there: its process lives, and its counter moves."""
+        return bool(self.alive) and self.idle <= STALE_SECONDS
+
+
+def seen(run_dir: Path) -> Seen | None:
+    """Who seems to hold a run directory, told at once; None where nobody does.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    path = run_dir / HOLDER
+    holder = notes.peek(path)
+    if holder is None:
         return None
-    here = _here(found, _own(""))
-    return None if here and not _alive(found) else found | {"here": here}
+    pid = holder.get("pid")
+    known = type(pid) is int and 0 < pid < 1 << 31 and _here(holder, _own(""))
+    alive = _alive(holder) if known else None
+    idle = max(time.time() - path.lstat().st_mtime, 0.0)
+    process = f"process {pid} on {holder.get('host', 'an unknown host')}"
+    return Seen(str(holder.get("stage", "?")), process, alive, idle)
 
 
 def at_work(run_dir: Path, stage: str) -> str:
     """That `stage` is at work on a run directory, for a sentence; nothing where it seems not to be."""
-    found = holder(run_dir) or {}
-    if found.get("stage") != stage:
+    found = seen(run_dir)
+    if not found or found.alive is False or found.stage != stage:
         return ""
-    return f"`{stage}` is at work on it, process {found.get('pid')} on {found.get('host')}"
+    return f"`{stage}` is at work on it, {found.process}"
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+LARGEST = 1 << 20  # bytes: a thousand times ours
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -14,6 +17,20 @@ def read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError):
+        return {}
+
+
+def peek(path: Path) -> dict[str, Any] | None:
+    """As `read`, where anybody may have put anything: no link, pipe or huge file is opened."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+        return {}
+    try:
+        return read(path)
+    except RecursionError:
         return {}
 
 

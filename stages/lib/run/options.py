@@ -65,6 +65,10 @@ run_dir = setting(
     is_eager=True,  # known before another setting is refused, so that the refusal is recorded there
     default=Path("runs/default"), help="Folder of the run: its artifacts and checkpoints.",
 )  # fmt: skip
+beside = setting(
+    "--run-dir", "RUN_DIR", "beside", type=click.Path(path_type=Path), identity=False,
+    default=Path("runs/default"), help="A run: without FOLDER, what lies beside it is looked at.",
+)  # fmt: skip
 force = setting("--force", "FORCE", help="Redo a finished stage.", is_flag=True, identity=False)
 verify = setting(
     "--verify", "VERIFY", help="Hash every input and finished file again.", is_flag=True, identity=False

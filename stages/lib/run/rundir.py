@@ -3,7 +3,6 @@
 import contextlib
 import json
 import resource
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,11 +15,11 @@ from stages.lib.run import (
     attempts,
     environment,
     exits,
-    failpoints,
     growing,
     lease,
     preemption,
     preflight,
+    scratch,
     settings,
     watchdog,
 )
@@ -284,12 +283,5 @@ class Run:
     def _scratch(self) -> Iterator[Path]:
         for name in (exits.ERROR, watchdog.FILE):
             (self.folder / name).unlink(missing_ok=True)
-        parent = environment.scratch_parent()
-        with artifact.writing(parent):
-            failpoints.reach("scratch")
-            parent.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(
-                prefix="lora-stages-", dir=parent, ignore_cleanup_errors=True
-            )
-        with scratch as folder:
-            yield Path(folder)
+        with scratch.folder() as folder:
+            yield folder

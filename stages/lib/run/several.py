@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stages.lib.run import environment, exits, gpu, notes, preemption
+from stages.lib.run import environment, exits, gpu, notes, preemption, scratch
 from stages.lib.run.exits import CannotRun, TryAgain
 from stages.lib.run.progress import say
 from stages.lib.run.rank import Hosts, Rank
@@ -183,15 +183,11 @@ def work(run: Run) -> Iterator[Path]:
     """As `Run.work` in the first process; in the others a scratch folder alone."""
     rank: Rank | None = run.ctx.obj.rank
     if not rank or rank.number == 0:
-        with run.work() as scratch:
-            yield scratch
+        with run.work() as folder:
+            yield folder
         return
-    parent = environment.scratch_parent()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="lora-stages-", dir=parent, ignore_cleanup_errors=True
-    ) as folder:
-        yield Path(folder)
+    with scratch.folder() as folder:
+        yield folder
 
 
 def main() -> None:
