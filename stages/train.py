@@ -188,7 +188,7 @@ def train(
             quick, plan, rows, held_out, shape, scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
-            ranks=ranks,
+            ranks=ranks, attempt=run.attempt.number, matmul=matmul,
         )  # fmt: skip
         ranks.close()
         if not ranks.first:

@@ -8,7 +8,7 @@ import torch
 
 from stages.lib.model import fp8
 from stages.lib.model.base import Base
-from stages.lib.run import gpu
+from stages.lib.run import gpu, progress
 from stages.lib.run.exits import BadData, CannotRun
 
 # What transformers says of a base that it cannot make a causal language model of.
@@ -44,6 +44,7 @@ def config(base: Base) -> dict[str, Any]:
     return dict(AutoConfig.from_pretrained(base.folder, local_files_only=True).to_dict())
 
 
+@progress.phase("loading")
 def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     """The base model, frozen.
 
@@ -109,6 +110,7 @@ def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     model.requires_grad_(False)
     if precision == "fp8":
         fp8.convert(model)
+    progress.measure(peak_gpu_bytes)
     model.config.use_cache = False  # a cache would hide that rows are packed
     return model.eval()
 

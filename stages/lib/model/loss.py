@@ -15,6 +15,8 @@ from stages.lib.run import preemption, watchdog
 QUICK_INPUTS = (
     "input_ids", "position_ids", "kept", "targets", "bounds", "longest", "uniform",
 )  # fmt: skip
+# All evaluations together cost about a tenth of the training: a forward pass is a third of a step.
+EVALUATION_SHARE, EVALUATION_LEAST, EVALUATION_MOST = 0.075, 4096, 32768
 Row = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
@@ -160,6 +162,13 @@ def mean_nll(
     model.train(was_training)
     found, learned = whole(float(total), count)
     return found / max(learned, 1)
+
+
+def evaluation_bins(plan: Plan, lengths: npt.NDArray[np.int64]) -> list[list[int]]:
+    """The held-out rows that an evaluation of a run looks at, in bins; `lengths`: tokens of each, [rows]."""
+    share = EVALUATION_SHARE * plan.total_bins * plan.capacity
+    limit = int(min(max(share, EVALUATION_LEAST), EVALUATION_MOST))
+    return held_out_bins(lengths, plan.capacity, limit)
 
 
 def held_out_bins(

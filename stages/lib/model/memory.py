@@ -17,7 +17,7 @@ from stages.lib.model.quick import Quick
 from stages.lib.model.ranks import Ranks
 from stages.lib.run import gpu
 from stages.lib.run.exits import OutOfMemory
-from stages.lib.run.progress import say
+from stages.lib.run.progress import phase, say
 
 Ints = npt.NDArray[np.int64]
 CPU_BIN = 1024  # larger bins gain nothing there, and a signal waits for the end of one
@@ -78,6 +78,7 @@ def precision(config: dict[str, Any], setup: Setup, cuts: Sequence[int], recompu
     return found
 
 
+@phase("probing")
 def prepare(
     tuned: Any, setup: Setup, lengths: Ints, cuts: Sequence[int], recompute: str, cut: Choice | None
 ) -> tuple[Quick, Choice]:
