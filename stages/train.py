@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from stages.lib.run import options
+from stages.lib.run import options, tracking
 from stages.lib.run.options import run_options
 from stages.lib.run.rundir import Run
 from stages.lib.run.settings import Stage, setting
@@ -103,6 +103,10 @@ from stages.lib.run.versions import versions
     "--num-gpus", "NUM_GPUS", type=Number(int, low=1), default=1, identity=False,
     help="GPUs of this host that share each step's tokens; on the CPU, processes.",
 )  # fmt: skip
+@setting(
+    "--tracker", "TRACKER", default="tensorboard", type=click.Choice(tracking.KINDS), identity=False,
+    help="Where the curves go: event files in RUN_DIR, or another tracker, which has to be installed.",
+)  # fmt: skip
 @options.expect_gpu
 @run_options
 @click.pass_context
@@ -110,7 +114,7 @@ def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    num_gpus: int, expect_gpu: bool, **recipe: object,
+    num_gpus: int, tracker: str, expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
@@ -135,6 +139,7 @@ def train(
     if run.finished("adapter", inputs, replace=False):
         return
     gpu.require(base_precision, expect_gpu)
+    tracking.check(tracker)
     if several.start(run, num_gpus):
         return
 
@@ -159,7 +164,16 @@ def train(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, ceiling, health, history, load, memory, training
+        from stages.lib.model import (
+            adapter,
+            ceiling,
+            health,
+            history,
+            load,
+            memory,
+            trackers,
+            training,
+        )
         from stages.lib.model.plan import Choice
 
         tokens = Tokens(base.folder)
@@ -171,6 +185,8 @@ def train(
             config = load.config(base)
             found = ranks.of_first(lambda: memory.precision(config, setup, cuts, recompute))
             setup = replace(setup, precision=found)
+        done = checkpoints.step(resumed) if resumed else None
+        tracked = trackers.begin(run, tracker if ranks.first else "none", done)
         model = load.load(base, setup.precision)
         matmul = ceiling.highest(setup.precision)
         if init_adapter:
@@ -188,7 +204,7 @@ def train(
             quick, plan, rows, held_out, shape, scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
-            ranks=ranks, attempt=run.attempt.number, matmul=matmul,
+            ranks=ranks, attempt=run.attempt.number, matmul=matmul, tracker=tracked,
         )  # fmt: skip
         ranks.close()
         if not ranks.first:
@@ -204,7 +220,7 @@ def train(
         metrics = history.summary(plan, rows, last.path) | facts | speed | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],
-            "resumed_from_step": checkpoints.step(resumed) if resumed else None,
+            "resumed_from_step": done,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
             "adapter_b_norm": math.hypot(*alive["b_norms"].values()),
             "health": alive,

@@ -8,36 +8,32 @@ import contextlib
 import os
 import threading
 import time
-from pathlib import Path
 
 from stages.lib.run import failpoints, notes, progress, watchdog
+from stages.lib.run.attempts import Attempt
 
 FILE = "heartbeat.json"
 
 
 class Heartbeat:
-    """The heartbeat of an attempt; as a context it begins, and is taken away at the end."""
+    """The heartbeat of an attempt, and its record's; as a context it begins, and is taken away at the end."""
 
-    def __init__(self, run_dir: Path, stage: str) -> None:
-        self.path, self.stage, self.attempt = run_dir / FILE, stage, 0
-        self._lock = threading.Lock()
-
-    def begin(self, attempt: int) -> "Heartbeat":
-        """From here on `attempt` lives."""
-        self.attempt = attempt
-        return self
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt, self.path = attempt, attempt.run_dir / FILE
+        self._lock, self._begun = threading.Lock(), False
 
     def beat(self) -> None:
         """Say that it lives; where that cannot be written, work goes on without."""
+        self.attempt.beat()
         with self._lock, contextlib.suppress(OSError):
-            if self.attempt:
+            if self._begun:
                 self._write(time.time())
 
     def _write(self, now: float) -> None:
         told = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
-            "stage": self.stage,
-            "attempt": self.attempt,
+            "stage": self.attempt.record["stage"],
+            "attempt": self.attempt.number,
             "idle_seconds": round(watchdog.idle_seconds(), 1),
         }
         failpoints.reach("heartbeat.write")
@@ -46,13 +42,15 @@ class Heartbeat:
         os.utime(self.path, (now, now))
 
     def __enter__(self) -> "Heartbeat":
+        self._begun = True
         self.beat()
         return self
 
     def __exit__(self, *error: object) -> None:
         with self._lock, contextlib.suppress(OSError):
-            mine, self.attempt = self.attempt, 0
+            self._begun = False
+            own = self.attempt.number
             if (notes.read(self.path) or {}).get(
-                "attempt", mine
-            ) == mine:  # else we were taken for dead
+                "attempt", own
+            ) == own:  # else we were taken for dead
                 self.path.unlink(missing_ok=True)

@@ -156,7 +156,7 @@ def at_work(run_dir: Path, stage: str) -> str:
 
 @contextlib.contextmanager
 def held(
-    run_dir: Path, stage: str = "", *beaten: Callable[[], None]
+    run_dir: Path, stage: str = "", beaten: Callable[[], None] | None = None
 ) -> Iterator[Callable[[], None]]:
     """Hold a run directory; what is given raises `InUse` once another process has taken it over.
 
@@ -183,8 +183,8 @@ def held(
             with contextlib.suppress(OSError):
                 failpoints.reach("lease.beat")
                 notes.write(path, own)
-            for told in beaten:
-                told()
+            if beaten:
+                beaten()
 
     thread = threading.Thread(target=beat, daemon=True, name="lease")
     thread.start()

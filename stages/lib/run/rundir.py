@@ -266,16 +266,10 @@ class Run:
         preflight.start(self.folder, environment.scratch_parent())
         if isinstance(self.ctx.obj, exits.Reported):
             self.ctx.obj.attempt = self.attempt
-        heart = Heartbeat(self.folder, self.stage)
-        beaten = (self.attempt.beat, heart.beat)
-        with lease.held(self.folder, self.stage, *beaten) as self.check_held:
+        heart = Heartbeat(self.attempt)
+        with lease.held(self.folder, self.stage, heart.beat) as self.check_held:
             self.attempt.check_held = self.check_held
-            with (
-                self.attempt,
-                self._watched(),
-                heart.begin(self.attempt.number),
-                self._scratch() as folder,
-            ):
+            with self.attempt, heart, self._watched(), self._scratch() as folder:
                 try:
                     yield folder
                 finally:
