@@ -128,7 +128,7 @@ def _many(
     for remark in speaker.remarks:
         say(remark)
     began, spoken = time.monotonic(), 0
-    with Progress(len(asked), "prompts", len(done)) as progress:
+    with Progress(len(asked), "prompts", len(done), "answering") as progress:
         for place, said in speaker.each([ids[number] for number in left], left):
             number = left[place]
             file.add(prompts.entry(asked[number], said, len(ids[number]), **facts))

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import click
 
-from stages.lib.run import learning, options
+from stages.lib.run import learning, options, tracking
 from stages.lib.run.options import run_options
 from stages.lib.run.rundir import Run
-from stages.lib.run.settings import Stage
+from stages.lib.run.settings import Stage, setting
 from stages.lib.run.versions import versions
 
 
 @click.command("train", cls=Stage)
 @learning.settings
+@setting(
+    "--tracker", "TRACKER", default="tensorboard", type=click.Choice(tracking.KINDS), identity=False,
+    help="Where the curves go: event files in RUN_DIR, or another tracker, which has to be installed.",
+)  # fmt: skip
 @options.expect_gpu
 @run_options
 @click.pass_context
@@ -28,7 +32,7 @@ def train(
     ctx: click.Context, /, base_model: str, base_revision: str | None, base_precision: str, rank: int,
     alpha: float, dropout: float, targets: tuple[str, ...], init_adapter: Path | None, epochs: float,
     max_steps: int | None, batch_tokens: int, micro_batch_tokens: int | None, recompute: str, seed: int,
-    num_gpus: int, sharding: str, expect_gpu: bool, **recipe: object,
+    num_gpus: int, sharding: str, tracker: str, expect_gpu: bool, **recipe: object,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter on prepared data."""
     from stages.lib.data import bins, prepared, sources
@@ -53,6 +57,7 @@ def train(
     if run.finished("adapter", inputs, replace=False):
         return
     gpu.require(base_precision, expect_gpu)
+    tracking.check(tracker)
     if several.start(run, num_gpus):
         return
 
@@ -77,7 +82,16 @@ def train(
 
         from stages.lib.data.formats import Format
         from stages.lib.data.tokens import Tokens
-        from stages.lib.model import adapter, ceiling, health, history, load, memory, training
+        from stages.lib.model import (
+            adapter,
+            ceiling,
+            health,
+            history,
+            load,
+            memory,
+            trackers,
+            training,
+        )
         from stages.lib.model.plan import Choice
         from stages.lib.model.speed import Rows, predicted
 
@@ -96,6 +110,8 @@ def train(
         setup = replace(
             setup, shared=memory.shared(sharding, config, setup, cuts, recompute, cut, ranks)
         )
+        done = checkpoints.step(resumed) if resumed else None
+        tracked = trackers.begin(run, tracker if ranks.first else "none", done)
         read = load.on_host if setup.shared > 1 else load.load
         model = read(base, setup.precision)
         matmul = ceiling.highest(setup.precision)
@@ -113,7 +129,7 @@ def train(
             quick, plan, rows, held_out, shape, scratch, recipe | {"seed": seed},
             resume=checkpoints.bring(resumed, scratch) if resumed else None,
             saved=lambda folder, step, loss: checkpoints.save(run, folder, step, loss, inputs, facts),
-            ranks=ranks,
+            ranks=ranks, attempt=run.attempt.number, matmul=matmul, tracker=tracked,
         )  # fmt: skip
         probe = rows[int(rows.lengths.argmax())][0]
         held = memory.held(tuned, ranks)
@@ -133,7 +149,7 @@ def train(
         metrics = history.summary(plan, rows, last.path) | facts | speed | held | {
             "best_step": checkpoints.step(best),
             "held_out_loss": best.metrics["held_out_loss"],
-            "resumed_from_step": checkpoints.step(resumed) if resumed else None,
+            "resumed_from_step": done,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(tuned)),
             "adapter_b_norm": math.hypot(*alive["b_norms"].values()),
             "health": alive,

@@ -1,5 +1,8 @@
 """x"""
+
 from dataclasses import dataclass
+
+
 @dataclass(frozen=True)
 class Trouble:
     says: str = ""
@@ -7,4 +10,6 @@ class Trouble:
     do: str = ""
     test: str = ""
     title: str = ""
-TROUBLES=()
+
+
+TROUBLES = ()

@@ -93,7 +93,7 @@ class Assembly:
         files = [path for r in readings for path in (*r.source.train, *r.source.held_out)]
         size = sum(path.stat().st_size for path in files)
         processes = workers.available() if size > SMALL else 1
-        with Progress(None, "rows") as self.progress:
+        with Progress(None, "rows", name="preparing") as self.progress:
             for reading in readings:
                 self._take(reading, reading.source.held_out, True, processes)
             self.own_rows = self.ledger.rows_read

@@ -7,9 +7,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from stages.lib.jobs.places import Place, errors, told_apart
-from stages.lib.run import preemption
+from stages.lib.run import heartbeat, preemption
 from stages.lib.run.exits import BadData, TryAgain
 from stages.lib.run.lease import HOLDER
+from stages.lib.run.progress import Progress
 
 MANIFEST = "manifest.json"
 
@@ -45,21 +46,33 @@ def _copy(source: Place, target: Place) -> Outcome:
         target = target.inside(source.path.rpartition("/")[2])
     known = _manifests(source, sizes)
     done = Outcome()
-    for name in sorted(sizes, key=_last):
-        preemption.check()
-        wanted = known.get(name)
-        if wanted and wanted["bytes"] != sizes[name]:
-            raise _unlike(source, name)
-        digest = wanted["sha256"] if wanted else None
-        if _is_equal(source, target, name, sizes[name], digest):
-            done.equal.append(name)
-        else:
-            _retire(target, name, sizes)
-            _one(source, target, name, digest)
-            done.copied.append(name)
-            done.bytes += sizes[name]
-        done.by_manifest += bool(wanted)
+    megabytes = -(-sum(sizes.values()) // 10**6)
+    with Progress(megabytes, "MB", name="copying") as progress:
+        seen = 0
+        for name in sorted(sizes, key=_last):
+            preemption.check()
+            _take(source, target, name, sizes, known.get(name), done)
+            seen += sizes[name]
+            progress.update(-(-seen // 10**6))
     return done
+
+
+def _take(
+    source: Place, target: Place, name: str, sizes: dict[str, int], wanted: dict[str, Any] | None,
+    done: Outcome,
+) -> None:  # fmt: skip
+    """Copy a file unless it is equal; `wanted`: what its manifest says of it."""
+    if wanted and wanted["bytes"] != sizes[name]:
+        raise _unlike(source, name)
+    digest = wanted["sha256"] if wanted else None
+    if _is_equal(source, target, name, sizes[name], digest):
+        done.equal.append(name)
+    else:
+        _retire(target, name, sizes)
+        _one(source, target, name, digest)
+        done.copied.append(name)
+        done.bytes += sizes[name]
+    done.by_manifest += bool(wanted)
 
 
 def _last(name: str) -> tuple[bool, int, str]:
@@ -108,7 +121,7 @@ def _is_equal(source: Place, target: Place, name: str, size: int, digest: str | 
 
 def _is_holder(name: str) -> bool:
     """Whether it says who works on a run: nobody does on a copy."""
-    return PurePosixPath(name).name == HOLDER
+    return PurePosixPath(name).name in (HOLDER, heartbeat.FILE)
 
 
 def _retire(target: Place, name: str, sizes: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from stages.lib.model import known, sample
 from stages.lib.run import access, fetched, hub
 from stages.lib.run.exits import BadData, BadSetting, CannotRun, Missing
-from stages.lib.run.progress import say
+from stages.lib.run.progress import phase, say
 
 BLOCKS, BLOCK = 64, 4096
 OTHER_SENSES = ("vision_config", "audio_config", "speech_config")
@@ -53,6 +53,7 @@ class Base:
             return {"name": self.name, "fingerprint": fingerprint(self.path)}
         return {"name": self.name}
 
+    @phase("fetching")
     def fetch(self, weights: bool = True, verify: bool = False) -> Path:
         """Bring it to local disk, and hash again what was there if told; the folder that holds it."""
         if self.is_sample:

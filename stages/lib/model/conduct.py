@@ -11,15 +11,12 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.lib.model.cutting import EVALUATIONS
+from stages.lib.model.account import FIRST_SAVE_SECONDS, SAVE_SECONDS, Account, evaluation_steps
 from stages.lib.model.loss import Plan
-from stages.lib.model.pace import Pace
 from stages.lib.model.pending import Numbers
 from stages.lib.run import failpoints
 from stages.lib.run.exits import Diverged
-from stages.lib.run.progress import Progress
 
-FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 # A loss has strayed when it is so many times its level, the median of the steps before, for so many steps.
 STRAY, STRAY_STEPS, LEVEL_STEPS, LEVEL_LEAST = 3.0, 20, 50, 5
 
@@ -40,7 +37,7 @@ class Conduct(TrainerCallback):
     between; but before an evaluation, a checkpoint and the end, so that nothing is kept of a step that failed.
 
     Args:
-        evaluates: there are held-out rows. saved: see `train`.
+        evaluates: there are held-out rows. saved: see `train`. account: told of all that happens.
         numbers: of the step that was just handed over, on the device: its loss, the norm of its gradient, each
             bin's share of the loss, and what more there is.
         judged: told of a step's number, its loss, and what more there was; what the log is to remember of it.
@@ -52,19 +49,15 @@ class Conduct(TrainerCallback):
         bins: Steps,
         evaluates: bool,
         saved: Callable[[Path, int, float | None], None],
-        progress: Progress,
+        account: Account,
         numbers: Callable[[], torch.Tensor],
         judged: Callable[[int, float, Sequence[float]], dict[str, Any]],
         words: int,
     ) -> None:
-        self.bins, self.evaluates, self.saved, self.progress = bins, evaluates, saved, progress
+        self.bins, self.evaluates, self.saved, self.account = bins, evaluates, saved, account
         self.numbers, self.judged, self.words = numbers, judged, words
         self.pending: deque[Numbers] = deque()
-        self.pace = Pace()
-        # The last step and up to three before it, evenly.
-        self.evaluate_at = {
-            -(-bins.plan.steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)
-        }
+        self.evaluate_at = evaluation_steps(bins.plan.steps)
         self.held_out_loss: dict[int, float] = {}
         self.saved_step = 0
         self.next_save = time.monotonic() + FIRST_SAVE_SECONDS
@@ -72,7 +65,7 @@ class Conduct(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.pace.begin()
+        self.account.begin()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,6 +83,8 @@ class Conduct(TrainerCallback):
         elif time.monotonic() >= self.next_save:
             control.should_save = True
         self.settle(state, 0 if control.should_save else 1)
+        if control.should_save:
+            self.account.pause("evaluating" if control.should_evaluate else "saving")
 
     def settle(self, state: TrainerState, but: int = 0) -> None:
         """Read what is pending, but for the last `but` steps; waits until the GPU is through with the others.
@@ -103,16 +98,11 @@ class Conduct(TrainerCallback):
             loss, norm, *rest = numbers.read()
             bins = len(self.bins.plan.step(numbers.step - 1))
             self._check_finite(numbers.step, loss, norm, rest[:bins])
-            self.pace.add(*self.bins.work(numbers.step - 1), numbers.ended)
+            work = self.bins.work(numbers.step - 1)
             found = {"loss": loss, "grad_norm": norm, "learning_rate": numbers.learning_rate}
             noted = self.judged(numbers.step, loss, rest[bins:]) if rest[bins:] else {}
-            state.log_history.append(found | noted | {"step": numbers.step})
-            self.progress.update(
-                numbers.step,
-                loss=loss,
-                learning_rate=numbers.learning_rate,
-                tokens_per_second=self.pace.tokens_per_second,
-            )
+            measured = self.account.step(numbers.step, *work, numbers.ended, found)
+            state.log_history.append(found | measured | noted | {"step": numbers.step})
             check_level(state.log_history, self.words)
 
     def _check_finite(self, step: int, loss: float, norm: float, shares: Sequence[float]) -> None:
@@ -150,8 +140,7 @@ class Conduct(TrainerCallback):
                     step=state.global_step,
                 )
             self.held_out_loss[state.global_step] = loss
-            self.progress.update(state.global_step, held_out_loss=loss)
-            self.pace.begin()
+            state.log_history[-1].update(self.account.evaluated(state.global_step, loss))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,7 +149,7 @@ class Conduct(TrainerCallback):
         self.saved(
             Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
         )
-        self.pace.begin()
+        self.account.saved()
         self.saved_step, self.next_save = step, time.monotonic() + SAVE_SECONDS
 
     def owes_evaluation(self, step: int) -> bool:

@@ -114,7 +114,7 @@ class Export:
             GateFailed: a weight is too large for the type.
         """
         sink.write(self._head(scratch / "head.gguf"))
-        with Progress(len(self.tensors), "tensors") as progress:
+        with Progress(len(self.tensors), "tensors", name="writing") as progress:
             for tensor in self.tensors:
                 preemption.check()
                 packed = self._packed(tensor)

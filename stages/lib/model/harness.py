@@ -86,7 +86,7 @@ class Harness(HFLM):
 
     def _counted(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         before, found = self.truncated, []
-        with Progress(len(requests), "requests") as progress:
+        with Progress(len(requests), "requests", name="benchmarks") as progress:
             self.cache_hook = Finished(progress, self.side)
             for begin in range(0, len(requests), PART):
                 some = requests[begin : begin + PART]
@@ -94,7 +94,7 @@ class Harness(HFLM):
                 part = self.done(name, functools.partial(self._answered, ask, some))
                 before += part["truncated"]
                 found += part["answers"]
-                progress.update(len(found), side=self.side)
+                progress.skip(len(found) - progress.done)  # of an attempt before this one
         self.truncated = before
         return found
 

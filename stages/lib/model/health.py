@@ -13,6 +13,7 @@ import torch
 from stages.lib.model import adapter, attention, load, lora
 from stages.lib.model.loss import Shape, lay_out, to
 from stages.lib.run.exits import GateFailed
+from stages.lib.run.progress import phase
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 PROBE = 64  # tokens on which the adapter is switched off and on
@@ -123,6 +124,7 @@ class FirstGradients:
         return {"first_gradients": self.record}
 
 
+@phase("checking")
 def check(
     tuned: Any,
     folder: Path,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.lib.run.fields import MEASURED
+
 if TYPE_CHECKING:  # so that a report, which reads losses alone, does without torch
     from stages.lib.model.loss import Plan, Rows
 
@@ -52,13 +54,13 @@ def summary(plan: "Plan", rows: "Rows", last: Path) -> dict[str, Any]:
 
 
 def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps of a run from Trainer's log."""
+    """The steps of a run from Trainer's log; of those of a version before this one less is known."""
     names = {
         "loss": "loss",
         "eval_loss": "held_out_loss",
         "learning_rate": "learning_rate",
         "grad_norm": "grad_norm",
-    }
+    } | dict(zip(MEASURED, MEASURED, strict=True))
     found = []
     for entry in log:
         values = {new: entry[old] for old, new in names.items() if old in entry}

@@ -8,7 +8,7 @@ import torch
 
 from stages.lib.model import fp8
 from stages.lib.model.base import Base
-from stages.lib.run import gpu
+from stages.lib.run import gpu, progress
 from stages.lib.run.exits import BadData, CannotRun
 
 # What transformers says of a base that it cannot make a causal language model of.
@@ -48,6 +48,7 @@ def config(base: Base) -> dict[str, Any]:
         raise
 
 
+@progress.phase("loading")
 def load(base: Base, precision: str, place: torch.device | None = None) -> Any:
     """The base model, frozen.
 
@@ -163,6 +164,7 @@ def _read(base: Base, dtype: torch.dtype | None, place: torch.device, quantisati
             "fetch it again"
         )
     model.requires_grad_(False)
+    progress.measure(peak_gpu_bytes)
     model.config.use_cache = False  # a cache would hide that rows are packed
     return model.eval()
 

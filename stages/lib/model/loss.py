@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from stages.lib.model import load
+from stages.lib.model import cutting, load
 from stages.lib.run import preemption, watchdog
 
 QUICK_INPUTS = (
@@ -168,6 +168,12 @@ def mean_nll(
     model.train(was_training)
     found, learned = whole(float(total), count)
     return found / max(learned, 1)
+
+
+def evaluation_bins(plan: Plan, lengths: npt.NDArray[np.int64]) -> list[list[int]]:
+    """The held-out rows that an evaluation of a run looks at, in bins; `lengths`: tokens of each, [rows]."""
+    limit = cutting.evaluated(plan.total_bins * plan.capacity)
+    return held_out_bins(lengths, plan.capacity, limit)
 
 
 def held_out_bins(

@@ -32,8 +32,9 @@ def held_out(
     """
     if not len(rows):
         return {side: Sums.of(torch.zeros(0, 4)) for side in SIDES}
+    tokens_each = int(rows.lengths.sum())
     scorer = Scorer(tuned, precision, np.array(lengths), tokens)
-    with scorer, Progress(2 * int(rows.lengths.sum()), "tokens") as progress:
+    with scorer, Progress(2 * tokens_each, "tokens", name="scoring") as progress:
 
         def read(side: str) -> list[list[float]]:
             sums = scorer.sums(rows, side == "tuned", progress.advance)
@@ -43,10 +44,12 @@ def held_out(
                 )
             return sums.lists()
 
-        return {
-            side: Sums.from_lists(done(f"held-out rows, {side}", functools.partial(read, side)))
-            for side in SIDES
-        }
+        found = {}
+        for number, side in enumerate(SIDES, 1):
+            sums = done(f"held-out rows, {side}", functools.partial(read, side))
+            progress.skip(number * tokens_each - progress.done)
+            found[side] = Sums.from_lists(sums)
+        return found
 
 
 def spoken(
@@ -58,7 +61,7 @@ def spoken(
         done: see `Parts.of`.
     """
     found = {}
-    with Progress(2 * len(prompts), "answers") as progress:
+    with Progress(2 * len(prompts), "answers", name="answering") as progress:
 
         def speak(side: str) -> list[dict[str, Any]]:
             said = {}
@@ -70,6 +73,7 @@ def spoken(
         for side in SIDES:
             said = done(f"answers, {side}", functools.partial(speak, side))
             found[side] = [Answer(**one) for one in said]
+            progress.skip(len(found) * len(prompts) - progress.done)
     for remark in speaker.remarks:
         say(remark)
     return found

@@ -17,7 +17,7 @@ from stages.lib.model.quick import KNOWN, Quick
 from stages.lib.model.ranks import Ranks
 from stages.lib.run import gpu
 from stages.lib.run.exits import CannotRun, OutOfMemory
-from stages.lib.run.progress import say
+from stages.lib.run.progress import phase, say
 
 Ints = npt.NDArray[np.int64]
 
@@ -107,6 +107,7 @@ def shared(
     return ranks.count
 
 
+@phase("probing")
 def prepare(
     tuned: Any, setup: Setup, lengths: Ints, cuts: Sequence[int], recompute: str, cut: Choice | None,
     ranks: Ranks | None = None,

@@ -18,7 +18,7 @@ from stages.lib.model.folding import Folded, Pairs, Trained, Weights, empty
 from stages.lib.model.shards import Shards
 from stages.lib.run import preemption
 from stages.lib.run.exits import GateFailed
-from stages.lib.run.progress import Progress, say
+from stages.lib.run.progress import Progress, phase, say
 
 # Rounding the merged weights to bf16 moves the distribution by far less; a fold gone wrong by far more, or by
 # as much as the adapter does. Where that has hardly learned, it moves less than rounding.
@@ -74,7 +74,7 @@ class Merge:
             GateFailed: a weight is not finite.
         """
         folded = Folded(self.bases[self.kind], self.pairs)
-        with Progress(len(self.sizes), "tensors") as progress:
+        with Progress(len(self.sizes), "tensors", name="merging") as progress:
 
             def tensor(name: str) -> torch.Tensor:
                 preemption.check()
@@ -89,12 +89,14 @@ class Merge:
 
             shards.write(self.sizes, tensor, folder, done, there)
 
+    @phase("checking")
     def check(self, written: Path) -> dict[str, Any]:
         """Hold each written weight against base plus adapters; see `exact.check`."""
         chosen = self.bases[self.kind]
         say(f"comparing {len(chosen)} weights")
         return exact.check(self.base.folder, Shards(written), chosen, self.parts)
 
+    @phase("proving")
     def prove(self, written: Path, rows: Sequence[Sequence[int]], most_kl: float) -> dict[str, Any]:
         """Hold the written model against base plus adapter, on rows of token ids.
 
@@ -149,6 +151,7 @@ class Merge:
             "closer": closer(found, self.precision), "answers": [],
         }  # fmt: skip
 
+    @phase("comparing")
     def answers(
         self, written: Path, prompts: Sequence[Sequence[int]], stops: Sequence[int],
         decode: Callable[[Sequence[int]], str],

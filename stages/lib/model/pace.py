@@ -40,19 +40,35 @@ class Pace:
         self.seconds += self.durations[-1]
 
     @property
+    def warm(self) -> bool:
+        """Whether the steps that count are such as those to come."""
+        return len(self.durations) > WARM_STEPS
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Of the steps that count."""
+        counted = len(self.durations) - (WARM_STEPS if self.warm else 0)
+        return self.seconds / max(counted, 1)
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the steps that count."""
         return self.tokens / max(self.seconds, 1e-9)
 
+    @property
+    def flops_per_second(self) -> float | None:
+        """Of the steps that count, where their operations are known."""
+        return self.operations / max(self.seconds, 1e-9) if self.operations else None
+
     def metrics(self) -> dict[str, float | None]:
         """What the manifest says of it."""
-        rate = self.operations / max(self.seconds, 1e-9)
+        rate = self.flops_per_second
         counted = self.durations[WARM_STEPS:] or self.durations
         return {
             "tokens_per_second": round(self.tokens_per_second, 1),
             "step_seconds": round(statistics.median(counted), 4),
             "train_seconds": round(sum(self.durations), 3),
-            "model_flops_per_second": round(rate) if self.operations else None,
+            "model_flops_per_second": round(rate) if rate else None,
         }
 
 

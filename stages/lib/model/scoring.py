@@ -21,7 +21,7 @@ from stages.lib.model.loss import Row, Rows, held_out_bins, lay_out, pinned, to
 from stages.lib.model.quick import PROBE, Quick
 from stages.lib.run import preemption
 from stages.lib.run.exits import OutOfMemory
-from stages.lib.run.progress import say
+from stages.lib.run.progress import phase, say
 
 LEAST = 4096  # tokens of a pass on a GPU, where larger ones gain hardly anything
 # Sums are of whole numbers of 2**-30 nats, so that they do not depend on the order in which a GPU adds.
@@ -74,6 +74,7 @@ class Scorer:
         self.tokens, self.piece, self.alone = tokens, cross_entropy.judge, False
         self._before = contextlib.ExitStack()
 
+    @phase("probing")
     def __enter__(self) -> "Scorer":
         self._before.enter_context(_left_as_it_was(self.tuned))
         with self._before:

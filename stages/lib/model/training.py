@@ -15,10 +15,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.lib.model import adapter, cutting, health, history, shortage
+from stages.lib.model import adapter, health, history, shortage
+from stages.lib.model.account import Account
 from stages.lib.model.batches import Bins
 from stages.lib.model.conduct import Conduct
-from stages.lib.model.loss import Plan, Rows, Shape, held_out_bins, mean_nll, nll_sum, to, unlearned
+from stages.lib.model.loss import (
+    Plan,
+    Rows,
+    Shape,
+    evaluation_bins,
+    mean_nll,
+    nll_sum,
+    to,
+    unlearned,
+)
 from stages.lib.model.optimizer import Flat, unhurried
 from stages.lib.model.pace import counter
 from stages.lib.model.quick import Quick
@@ -26,7 +36,7 @@ from stages.lib.model.ranks import Lost, Ranks
 from stages.lib.model.recipe import arguments, learning_rate
 from stages.lib.run import checkpoints, failpoints, preemption, watchdog
 from stages.lib.run.exits import BadData, Diverged, TryAgain
-from stages.lib.run.progress import Progress, say
+from stages.lib.run.progress import say
 
 
 class LoraTrainer(Trainer):
@@ -154,8 +164,7 @@ class LoraTrainer(Trainer):
     def evaluate(self, *rest: Any, **options: Any) -> dict[str, float]:
         """The held-out loss on the first held-out rows, without keeping logits."""
         failpoints.reach("train.evaluate")
-        limit = cutting.evaluated(self.bins.plan.total_bins * self.bins.plan.capacity)
-        bins = held_out_bins(self.held_out.lengths, self.bins.plan.capacity, limit)
+        bins = evaluation_bins(self.bins.plan, self.held_out.lengths)
         rows = [[self.held_out[row] for row in bins[b]] for b in self.ranks.mine(len(bins))]
         joined = self.ranks.joined
         if joined:
@@ -200,6 +209,9 @@ def train(
     resume: Path | None,
     saved: Callable[[Path, int, float | None], None],
     ranks: Ranks | None = None,
+    attempt: int = 0,
+    matmul: float | None = None,
+    tracker: Any = None,
 ) -> dict[str, Any]:
     """Run all steps of a plan, from the beginning or from a checkpoint.
 
@@ -209,6 +221,8 @@ def train(
         resume: a local copy of a checkpoint.
         saved: told of every checkpoint: its folder, its step, and its held-out loss in nats, if measured.
         ranks: the processes that share each step's bins; of them the first alone has checkpoints.
+        attempt: its number. matmul: FLOP/s of large products on one GPU, where known.
+        tracker: see `trackers`; it ends with the steps.
 
     Returns:
         What this attempt measured, see `Pace`.
@@ -234,13 +248,18 @@ def train(
     given = arguments(scratch, bins.slots, quick.precision, **recipe)
     trainer = LoraTrainer(quick, given, bins, held_out, rate, recipe["max_grad_norm"], first, ranks)
     trainer.remove_callback(PrinterCallback)
-    with preemption.deferred(), Progress(plan.steps, "steps", done) as progress:
+    seen = sum(held_out.lengths[rows].sum() for rows in evaluation_bins(plan, held_out.lengths))
+    account = Account(
+        plan.steps, done, attempt=attempt, ceiling=matmul, gpus=ranks.count, held_out=int(seen),
+        compiles=quick.compiles, **({"tracked": tracker.note} if tracker else {}),
+    )  # fmt: skip
+    with tracker or contextlib.nullcontext(), preemption.deferred(), account.progress:
         words = quick.tuned.config.vocab_size
         conduct = Conduct(
             bins,
             len(held_out) > 0,
             saved if ranks.first else _not_saved,
-            progress,
+            account,
             trainer.numbers,
             first.judge,
             words,
@@ -264,7 +283,7 @@ def train(
                 ranks.wait()
             raise
     ranks.check_same(trainer.flat.parameter)
-    return conduct.pace.metrics()
+    return account.pace.metrics()
 
 
 def _not_saved(folder: Path, step: int, loss: float | None) -> None:

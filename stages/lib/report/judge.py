@@ -191,7 +191,7 @@ def ask(judge: Judge, answers: Sequence[dict[str, Any]], done: Done = afresh) ->
         (`base`, `tuned`, `tie`, None), or None where it was not asked. Rates of nothing are None.
     """
     verdicts: list[list[str | None] | None] = []
-    with Progress(len(answers), "pairs") as progress:
+    with Progress(len(answers), "pairs", name="judging") as progress:
         for number, entry in enumerate(answers):
             both = functools.partial(_both, judge, entry)
             verdicts.append(done(f"verdicts on answer {number}", both))

@@ -67,7 +67,10 @@ def bring(repository: str, kind: str, revision: str | None, patterns: list[str])
         large.blob.parent.mkdir(parents=True, exist_ok=True)
     megabytes = sum(large.size for large in missing) >> 20
     given_up, done = threading.Event(), dict.fromkeys(missing, 0)
-    with Progress(megabytes, "MB") as progress, ThreadPoolExecutor(AT_ONCE) as pool:
+    with (
+        Progress(megabytes, "MB", name="downloading") as progress,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
         futures = [pool.submit(_bring, large, given_up, done) for large in missing]
         try:
             _follow(futures, done, progress)

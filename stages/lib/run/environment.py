@@ -14,11 +14,13 @@ from stages.lib.run.rank import Hosts, Rank, first_host
 
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
+    "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "TRACKIO_WRITE_TOKEN",
 )  # fmt: skip
 SECRETS_FILE = "secrets.env"
 # Of which each may hold USER:PASSWORD@.
 ADDRESSES = (
     "DATASET", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy",
+    "WANDB_BASE_URL", "MLFLOW_TRACKING_URI", "TRACKIO_SERVER_URL",
 )  # fmt: skip
 # What torchrun says to each process, and what `several` says beside it.
 LAUNCHED = (
@@ -90,6 +92,23 @@ def has_token() -> bool:
 def judge_key() -> str | None:
     """The key of the judge's endpoint, where one was given."""
     return os.environ.get("JUDGE_API_KEY") or None
+
+
+def given(name: str) -> str:
+    """What a library is told by a variable of its own; empty where nothing."""
+    return os.environ.get(name, "")
+
+
+def provide(values: dict[str, str]) -> None:
+    """Tell libraries what nobody else has told them."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def knows_wandb() -> bool:
+    """Whether Weights & Biases may find a key: in the environment, or where its login leaves it."""
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    return bool(os.environ.get("WANDB_API_KEY")) or netrc.is_file()
 
 
 def settle() -> None:

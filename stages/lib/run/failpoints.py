@@ -21,6 +21,7 @@ POINTS = {
     "lease.take": "before the holder file is created",
     "lease.beat": "before the holder file's counter moves",
     "attempt.record": "before the record of this process is written: at first, with each beat, at the end",
+    "heartbeat.write": "before the heartbeat is written: at first, and with each beat of the lease",
     "lease.release": "before the holder file is removed",
     "publish.begin": "before the old artifact is retired",
     "retire.manifest": "an artifact's manifest is gone, its files are not",

@@ -25,8 +25,9 @@ from stages.lib.run import (
 )
 from stages.lib.run.artifact import Artifact
 from stages.lib.run.exits import CannotRun, CannotWrite, Missing, StageError, TryAgain
+from stages.lib.run.heartbeat import Heartbeat
 from stages.lib.run.parts import Parts
-from stages.lib.run.progress import say
+from stages.lib.run.progress import phase, say
 from stages.lib.run.versions import versions
 
 MADE_BY = {
@@ -155,6 +156,7 @@ class Run:
             "or --force to replace it"
         )
 
+    @phase("saving")
     def publish(
         self,
         name: str,
@@ -263,9 +265,10 @@ class Run:
         preflight.start(self.folder, environment.scratch_parent())
         if isinstance(self.ctx.obj, exits.Reported):
             self.ctx.obj.attempt = self.attempt
-        with lease.held(self.folder, self.stage, self.attempt.beat) as self.check_held:
+        heart = Heartbeat(self.attempt)
+        with lease.held(self.folder, self.stage, heart.beat) as self.check_held:
             self.attempt.check_held = self.check_held
-            with self.attempt, self._watched(), self._scratch() as folder:
+            with self.attempt, heart, self._watched(), self._scratch() as folder:
                 try:
                     yield folder
                 finally:

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TICK_SECONDS = 5.0
 RECORD_SECONDS = 10.0
 _signs = 0
 _patience = PATIENCE
+_last = time.monotonic()
 
 
 def alive(patience: int | None = None) -> None:
@@ -26,9 +28,15 @@ def alive(patience: int | None = None) -> None:
     Args:
         patience: times STALL_MINUTES that the next sign may take; as before, if not given.
     """
-    global _signs, _patience
+    global _signs, _patience, _last
     _signs += 1
     _patience = patience or _patience
+    _last = time.monotonic()
+
+
+def idle_seconds() -> float:
+    """Since something was done, as far as it was told."""
+    return time.monotonic() - _last
 
 
 @contextlib.contextmanager
