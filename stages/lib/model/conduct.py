@@ -146,6 +146,7 @@ class Conduct(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
+        self.account.saving()
         self.saved(
             Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
         )
