@@ -132,6 +132,7 @@ class Conduct(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "eval_loss" in logs:
+            control.should_evaluate = False  # else Trainer does it again when an epoch ends here
             loss = logs["eval_loss"]
             if not math.isfinite(loss):
                 raise Diverged(
