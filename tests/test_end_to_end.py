@@ -62,7 +62,12 @@ def test_every_artifact_is_whole_and_says_what_made_it(smoke: Path) -> None:
         for file, entry in made["files"].items():
             assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == entry["sha256"]
     assert not list((smoke / "scratch").iterdir())
-    assert {p.name for p in (smoke / "run").iterdir()} == {*FILES, "checkpoints", "attempts"}
+    assert {p.name for p in (smoke / "run").iterdir()} == {
+        *FILES,
+        "checkpoints",
+        "attempts",
+        "tensorboard",
+    }
 
 
 @pytest.mark.case("G10")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stages.lib.run import artifact
+from stages.lib.run.fields import FIELDS, MEASURED
 from tests.forking import Forking, forking
 
 # Packed, with dropout and the 8-bit optimizer: three bins a step, two steps an epoch, three epochs.
@@ -81,8 +82,13 @@ def left(folder: Path) -> dict[str, Any]:
     made = json.loads((folder / "adapter" / "manifest.json").read_text())
     hashes = {name: made["files"][name]["sha256"] for name in ADAPTER}
     metrics = made["metrics"]
-    kept = ("history", "best_step", "held_out_loss", "steps", "epochs", "trained_tokens")
-    return hashes | {name: metrics[name] for name in kept}
+    kept = ("best_step", "held_out_loss", "steps", "epochs", "trained_tokens")
+    return hashes | {name: metrics[name] for name in kept} | {"history": without_times(metrics)}
+
+
+def without_times(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A history, but for what no two runs have alike."""
+    return [{n: v for n, v in entry.items() if n not in MEASURED} for entry in metrics["history"]]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,34 @@ def test_stopped_twice_it_ends_in_the_same_bytes(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     assert resumed_from(folder) == 3
     assert left(folder) == runs.whole("fp8")
+    check_curves(folder)
+
+
+def check_curves(folder: Path) -> None:
+    """TensorBoard reads the manifest's history from the event files: each point, and each once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = json.loads((folder / "adapter" / "manifest.json").read_text())
+    history = made["metrics"]["history"]
+    assert {entry["attempt"] for entry in history} == {
+        2,
+        4,
+        5,
+    }  # the third one got nothing verified
+    assert [entry["at"] for entry in history] == sorted(entry["at"] for entry in history)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    names = {name: field.tracked for name, field in FIELDS.items() if field.tracked}
+    held_out = {entry["step"] for entry in history if "held_out_loss" in entry}
+    assert held_out == {2, 3, 5, 6}
+    told = {name for entry in history for name in entry} & names.keys()
+    assert set(board.Tags()["scalars"]) == {names[name] for name in told}
+    for name in told:
+        entries = [e for e in history if name in e and (name != "rss_bytes" or "loss" in e)]
+        points = board.Scalars(names[name])
+        assert [point.step for point in points] == [entry["step"] for entry in entries], name
+        for point, entry in zip(points, entries, strict=True):
+            assert point.value == pytest.approx(entry[name], rel=1e-6)
+            assert point.wall_time == pytest.approx(entry["at"], abs=0.01)
 
 
 def resumed_from(folder: Path) -> Any:

@@ -16,11 +16,16 @@ from stages.lib.jobs.order import (
     Order,
 )
 from stages.lib.jobs.text import from_yaml, to_yaml
-from stages.lib.run import extras
+from stages.lib.run import extras, heartbeat
 
 SECRET = "lora-stages"
 CONTAINER = "stage"
 GPU = "nvidia.com/gpu"
+# What has no heartbeat, as it works on no run, or answers a single prompt: a probe would end it.
+SILENT = ("doctor", "push", "generate")
+# A heartbeat comes every ten seconds. Ten minutes without are more than a slow volume takes, and than
+# comes before the first one.
+FRESH_MINUTES, PROBE_SECONDS, PROBES = 2, 60, 10
 # How clouds mark machines that may be taken away.
 SPOT = {
     "cloud.google.com/gke-spot": "true",
@@ -117,6 +122,7 @@ def _container(order: Order) -> dict[str, Any]:
             "requests": {"cpu": cpus, "memory": memory},
             "limits": {GPU: order.gpus, "memory": memory},
         },
+        **({} if order.stage in SILENT else {"livenessProbe": _probe()}),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -128,6 +134,16 @@ def _container(order: Order) -> dict[str, Any]:
             {"name": "tmp", "mountPath": "/tmp"},
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
+    }
+
+
+def _probe() -> dict[str, Any]:
+    """Whether the process lives at all; that its work hangs it finds out itself, see STALL_MINUTES."""
+    return {
+        "exec": {"command": ["sh", "-c", heartbeat.probe(FRESH_MINUTES)]},
+        "periodSeconds": PROBE_SECONDS,
+        "timeoutSeconds": PROBE_SECONDS // 2,
+        "failureThreshold": PROBES,
     }
 
 
@@ -156,6 +172,15 @@ def broken(text: str) -> list[str]:
         found.append("backoffLimit 0 allows no second attempt")
     if "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"] and not spec.get("suspend"):
         found.append("with a Kueue queue the Job has to begin with suspend: true")
+    probe = container.get("livenessProbe")
+    if probe and probe["periodSeconds"] * probe["failureThreshold"] < PROBE_SECONDS * PROBES:
+        found.append(
+            f"its livenessProbe does not wait {PROBES} minutes for a heartbeat, as a slow volume may take"
+        )
+    if probe and container["args"][-1] in SILENT:
+        found.append(
+            f"{container['args'][-1]} has no heartbeat, and its livenessProbe would end it"
+        )
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     runs = [m["name"] for m in container["volumeMounts"] if m["mountPath"] == RUNS]
     if not all("persistentVolumeClaim" in volumes[name] for name in runs):

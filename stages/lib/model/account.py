@@ -1,7 +1,6 @@
 """What is told of a training while it goes on: history, display, tracker, and the time that is left."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from stages.lib.model import ceiling
@@ -14,7 +13,6 @@ from stages.lib.run.progress import Progress
 
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 FORWARD = 1 / 3  # of a training step's time, for as many tokens
-Tracked = Callable[[int, dict[str, Any]], None]
 
 
 def evaluation_steps(steps: int) -> set[int]:
@@ -22,8 +20,14 @@ def evaluation_steps(steps: int) -> set[int]:
     return {-(-steps * i // EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
 
 
-def untracked(step: int, entry: dict[str, Any]) -> None:
+class Untracked:
     """No tracker."""
+
+    def note(self, step: int, entry: dict[str, Any]) -> None:
+        """Nowhere."""
+
+    def catch_up(self) -> None:
+        """There is nothing to wait for."""
 
 
 class Account:
@@ -33,7 +37,7 @@ class Account:
         steps: of the run. done: before this attempt. attempt: its number.
         ceiling: FLOP/s of large products on one of the `gpus`, where known.
         held_out: tokens of an evaluation; 0 where nothing is held out.
-        compiles: the first step is compiled. tracked: told of each entry of the history.
+        compiles: the first step is compiled. tracker: told of each entry of the history.
     """
 
     def __init__(
@@ -46,10 +50,10 @@ class Account:
         gpus: int = 1,
         held_out: int = 0,
         compiles: bool = False,
-        tracked: Tracked = untracked,
+        tracker: Any = None,
     ) -> None:
         self.steps, self.attempt, self.ceiling, self.gpus = steps, attempt, ceiling, gpus
-        self.held_out, self.tracked = held_out, tracked
+        self.held_out, self.tracker = held_out, tracker or Untracked()
         self.pace = Pace()
         # Until a step is through, all that is known is that it was begun.
         name = "compiling" if compiles else "starting"
@@ -71,7 +75,7 @@ class Account:
         seconds = self.pace.durations[-1]
         measured = self._measured() | {"tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
         share = ceiling.share(operations / max(seconds, 1e-9), self.ceiling, self.gpus)
-        self.tracked(number, found | measured | ({"ceiling_share": share} if share else {}))
+        self.tracker.note(number, found | measured | ({"ceiling_share": share} if share else {}))
         self.progress.become("training")
         self.progress.update(number, **found, **self._speed())
         return measured
@@ -98,10 +102,14 @@ class Account:
         self._evaluation = time.monotonic() - self._since
         self.pause("saving")
         measured = self._measured()
-        self.tracked(number, {"held_out_loss": loss} | measured)
+        self.tracker.note(number, {"held_out_loss": loss} | measured)
         self.progress.update(number, held_out_loss=loss)
         self.pace.begin()
         return measured
+
+    def saving(self) -> None:
+        """What a checkpoint holds is to be in the curves, too: the process may be killed behind it."""
+        self.tracker.catch_up()
 
     def saved(self) -> None:
         """A checkpoint is published."""

@@ -132,6 +132,7 @@ class Conduct(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "eval_loss" in logs:
+            control.should_evaluate = False  # else Trainer does it again when an epoch ends here
             loss = logs["eval_loss"]
             if not math.isfinite(loss):
                 raise Diverged(
@@ -146,6 +147,7 @@ class Conduct(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
+        self.account.saving()
         self.saved(
             Path(str(args.output_dir)) / f"checkpoint-{step}", step, self.held_out_loss.get(step)
         )

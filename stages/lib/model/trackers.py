@@ -22,6 +22,7 @@ from stages.lib.run.rundir import Run
 from stages.lib.run.tracking import Curves
 
 TOGETHER_SECONDS = 5.0  # entries are handed over together, behind a note of how far they go
+CATCH_UP_SECONDS = 2.0
 AGAIN_SECONDS = 60.0  # after a tracker has failed
 START_SECONDS, END_SECONDS = 60.0, 30.0
 MOST = 20_000  # entries that wait; after that the oldest go
@@ -61,7 +62,9 @@ class Tracker:
     def __init__(self, curves: Curves) -> None:
         self.curves = curves
         self._had = curves.step  # of earlier attempts
-        self.entries: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue()
+        self.entries: queue.Queue[tuple[int, dict[str, Any]] | threading.Event | None] = (
+            queue.Queue()
+        )
         self.said: str | None = None
         self._error: BaseException | None = None
         self._ready, self._over = threading.Event(), threading.Event()
@@ -89,6 +92,12 @@ class Tracker:
         """One more entry of the history; waits for nothing."""
         self.entries.put((step, entry))
 
+    def catch_up(self) -> None:
+        """Wait until the tracker has what it was told of, though not for long."""
+        done = threading.Event()
+        self.entries.put(done)
+        done.wait(CATCH_UP_SECONDS)
+
     def __enter__(self) -> "Tracker":
         return self
 
@@ -104,28 +113,37 @@ class Tracker:
 
     def _work(self) -> None:
         waiting: list[tuple[int, dict[str, Any]]] = []
+        asked: list[threading.Event] = []
         ended, again = False, 0.0
         self._attempt(self._open)
         self._ready.set()
         while not ended:
-            ended = self._gather(waiting)
+            ended = self._gather(waiting, asked)
             if waiting and (ended or time.monotonic() >= again):
                 if self._attempt(self._hand_over, waiting):
                     waiting.clear()
                 else:
                     again = time.monotonic() + AGAIN_SECONDS
                     del waiting[:-MOST]
+            for event in asked:
+                event.set()
+            asked.clear()
         self._attempt(self._close)
         self._over.set()
 
-    def _gather(self, waiting: list[tuple[int, dict[str, Any]]]) -> bool:
-        """Take what comes within a few seconds; whether that was all."""
+    def _gather(
+        self, waiting: list[tuple[int, dict[str, Any]]], asked: list[threading.Event]
+    ) -> bool:
+        """Take what comes within a few seconds, or until somebody asks for it; whether that was all."""
         until = time.monotonic() + TOGETHER_SECONDS
         while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 entry = self.entries.get(timeout=left)
                 if entry is None:
                     return True
+                if isinstance(entry, threading.Event):
+                    asked.append(entry)
+                    break
                 waiting.append(entry)
         return False
 

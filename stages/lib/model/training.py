@@ -251,7 +251,7 @@ def train(
     seen = sum(held_out.lengths[rows].sum() for rows in evaluation_bins(plan, held_out.lengths))
     account = Account(
         plan.steps, done, attempt=attempt, ceiling=matmul, gpus=ranks.count, held_out=int(seen),
-        compiles=quick.compiles, **({"tracked": tracker.note} if tracker else {}),
+        compiles=quick.compiles, tracker=tracker,
     )  # fmt: skip
     with tracker or contextlib.nullcontext(), preemption.deferred(), account.progress:
         words = quick.tuned.config.vocab_size

@@ -73,6 +73,8 @@ class Display:
         count = f"{now['done']:,}{total} {now['unit']}"
         left = now["eta_seconds"]
         rest = f"{_clock(left)} left" if left is not None else _clock(now["phase_seconds"])
+        if len(f"{head}  {count}  {rest}") > width:
+            head = now["phase"] or "ending"
         text = _fitting([head, count, rest], width)
         room = min(width - len(text) - 2, BAR)
         if not now["total"] or room < LEAST_BAR or rest not in text:

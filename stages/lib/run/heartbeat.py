@@ -15,6 +15,11 @@ from stages.lib.run.attempts import Attempt
 FILE = "heartbeat.json"
 
 
+def probe(minutes: int, run_dir: str = "$RUN_DIR") -> str:
+    """A command for a shell that fails where nobody has written the heartbeat for so many minutes."""
+    return f'find "{run_dir}/{FILE}" -mmin -{minutes} | grep -q .'
+
+
 class Heartbeat:
     """The heartbeat of an attempt, and its record's; as a context it begins, and is taken away at the end."""
 

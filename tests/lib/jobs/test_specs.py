@@ -92,6 +92,12 @@ def test_kubernetes() -> None:
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert job["spec"]["suspend"] is True
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["livenessProbe"]["exec"]["command"] == [
+        "sh", "-c", 'find "$RUN_DIR/heartbeat.json" -mmin -2 | grep -q .',
+    ]  # fmt: skip
+    for stage in ("doctor", "push", "generate"):  # have no heartbeat
+        other = loaded("kubernetes", spec("kubernetes", stage=stage))
+        assert "livenessProbe" not in other["spec"]["template"]["spec"]["containers"][0]
     plain = loaded("kubernetes", rendered("kubernetes", replace(order("kubernetes"), secret=None)))
     (container,) = plain["spec"]["template"]["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "lora-stages", "optional": True}}]
@@ -239,6 +245,8 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("kubernetes", "action: FailJob", "action: FailJb", "second rule"),
     ("kubernetes", "restartPolicy: Never", "restartPolicy: OnFailure", "restartPolicy"),
     ("kubernetes", "PeriodSeconds: 30", "PeriodSeconds: 10", "GRACE_SECONDS"),
+    ("kubernetes", "failureThreshold: 10", "failureThreshold: 3", "livenessProbe"),
+    ("kubernetes", "- chain", "- push", "livenessProbe"),
     ("kubernetes", "nvidia.com/gpu: 1", "nvidia.com/gpu: 2", "NUM_GPUS"),
     ("kubernetes", "mountPath: /runs", "mountPath: /elsewhere", "RUN_DIR"),
     ("skypilot", "use_spot:", "use_spots:", "use_spots"),

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from stages.lib.model.account import Account
 from stages.lib.model.conduct import Conduct, check_level
 from stages.lib.model.pace import Pace, counter
 from stages.lib.model.pending import Moment, Numbers
 from stages.lib.model.quick import Quick
 from stages.lib.run.exits import Diverged
-from stages.lib.run.progress import Progress
+from stages.lib.run.fields import MEASURED
 from tests.decoders import PLAIN, QUICK, make
 
 
@@ -43,7 +44,7 @@ class Loop:
         self.values = torch.zeros(2)
         steps: Any = Steps()
         self.conduct = Conduct(
-            steps, True, lambda *_: None, Progress(8, "steps"), lambda: self.values,
+            steps, True, lambda *_: None, Account(8, attempt=3), lambda: self.values,
             lambda step, loss, more: {"more": [step, *more]}, words=1000,
         )  # fmt: skip
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -67,10 +68,19 @@ def test_a_steps_numbers_are_read_behind_the_next_or_before_a_checkpoint(tmp_pat
     seen = [loop.step(step, 2 * step) for step in range(1, 6)]
     assert seen == [[], [1, 2], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4]]
     loop.conduct.settle(loop.state)
-    assert loop.state.log_history == [
+    for entry in loop.state.log_history:
+        assert entry["attempt"] == 3
+        assert abs(entry["at"] - time.time()) < 60
+        assert entry["tokens_per_second"] > 0
+        assert ("gpu_bytes" in entry) == torch.cuda.is_available()
+    assert [without_times(entry) for entry in loop.state.log_history] == [
         {"loss": step, "grad_norm": 2 * step, "learning_rate": 0.5 / step, "step": step}
         for step in range(1, 6)
     ]
+
+
+def without_times(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in MEASURED}
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (1.0, torch.inf)])

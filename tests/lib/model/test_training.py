@@ -18,6 +18,7 @@ from stages.lib.model.loss import held_out_bins, lay_out, mean_nll, nll_sum
 from stages.lib.model.quick import Quick
 from stages.lib.run import checkpoints, preemption
 from stages.lib.run.exits import Diverged, TryAgain
+from stages.lib.run.fields import MEASURED
 
 RECIPE = {
     "learning_rate": 1e-2, "schedule": "constant", "warmup": 0, "max_grad_norm": 1.0, "weight_decay": 0,
@@ -42,14 +43,16 @@ def run(
     """Train some steps; the adapter afterwards."""
     precision = changed.pop("precision", "fp32")
     resume, saved = changed.pop("resume", None), changed.pop("saved", lambda *_: None)
+    tracker = changed.pop("tracker", None)
     plan = Schedule(rows.lengths, capacity, per_step, 1, steps, 0)
     held_out = type(rows)(rows.rows[:2])
     quick = Quick(tuned, precision)
     quick.arrange(0)
     shape = quick.shape(rows.lengths, capacity)
     training.train(
-        quick, plan, rows, held_out, shape, scratch, RECIPE | changed, resume=resume, saved=saved
-    )
+        quick, plan, rows, held_out, shape, scratch, RECIPE | changed, resume=resume, saved=saved,
+        tracker=tracker,
+    )  # fmt: skip
     return weights(tuned)
 
 
@@ -207,7 +210,10 @@ def test_no_checkpoint_is_begun_that_will_not_be_whole_in_time(
 def log(checkpoint: Path) -> list[dict[str, Any]]:
     """What a checkpoint remembers of the steps, without evaluations."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry for entry in state["log_history"] if "loss" in entry]
+    return [
+        {name: value for name, value in entry.items() if name not in MEASURED}
+        for entry in state["log_history"] if "loss" in entry
+    ]  # fmt: skip
 
 
 def test_every_checkpoint_has_all_steps_before_it_after_a_resume_too(
@@ -234,6 +240,36 @@ def test_every_checkpoint_has_all_steps_before_it_after_a_resume_too(
     assert len({entry["loss"] for entry in whole}) == 6
     assert all(entry["grad_norm"] > 0 for entry in whole)
     assert {entry["learning_rate"] for entry in whole} == {RECIPE["learning_rate"]}
+
+
+class Told:
+    """A tracker that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, str]] = []
+
+    def __enter__(self) -> "Told":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.entries.append((0, "end"))
+
+    def note(self, step: int, entry: dict[str, Any]) -> None:
+        self.entries.append((step, "loss" if "loss" in entry else "held-out"))
+
+    def catch_up(self) -> None:
+        self.entries.append((0, "save"))
+
+
+def test_a_tracker_is_told_of_each_step_and_evaluation_once_and_before_each_checkpoint(
+    attach: Callable[..., Any], some_rows: Callable[..., Any], tmp_path: Path
+) -> None:
+    told = Told()
+    run(attach(), some_rows(*range(8, 28)), 40, 3, tmp_path, steps=4, tracker=told)
+    wanted: list[tuple[int, str]] = []
+    for step in range(1, 5):
+        wanted += [(step, "loss"), (step, "held-out"), (0, "save")]
+    assert told.entries == [*wanted, (0, "end")]
 
 
 def test_the_logged_loss_is_the_mean_over_a_steps_learned_tokens(
