@@ -1,4 +1,4 @@
-"""The tutorial, run: `python -m tests.tutorial` runs its commands and puts what they print into docs/tutorial.md."""
+"""The tutorial, run: `python -m tests.tutorial` puts what its commands print into docs/tutorial.md."""
 
 import os
 import re
@@ -60,7 +60,9 @@ def shown(said: str, folder: Path) -> str:
     """What a page shows of what was printed: make's own lines are left out."""
     lines = [line.rstrip() for line in said.replace(f"{folder}/", "").splitlines()]
     kept = [
-        line for line in lines if not line.startswith((".venv/bin/python -m stages ", "make[", "make: "))
+        line
+        for line in lines
+        if not line.startswith((".venv/bin/python -m stages ", "make[", "make: "))
     ]
     return "\n".join(kept).strip("\n") + "\n"
 
