@@ -115,7 +115,7 @@ test: .venv/test ## Run the tests
 test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; half an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
-docs-test: .venv/test ## Run every command of the tutorial; four minutes
+docs-test: .venv/test ## Run every command of the tutorial; a quarter of an hour
 	.venv/bin/python -m pytest -m sweep tests/test_tutorial.py
 slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge
 	.venv/bin/python -m tests.slurm

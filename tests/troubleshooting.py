@@ -1,11 +1,12 @@
 """The page of what goes wrong: docs/troubleshooting.md, what is said, why, and what to do.
 
 `python -m tests.troubleshooting > docs/troubleshooting.md` writes it. What is said is read off the code that says
-it; the exit codes are those of `stages.lib.run.endings`; why, and the test in which a real command says so, are
-in troubles.py beside this file.
+it; the exit codes are those of `stages.lib.run.endings`; why, and the test in which a real command says so,
+are in troubles.py beside this file.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +23,9 @@ INTRODUCTION = """# Troubleshooting
 
 Made by `make docs` from the code and `tests/troubles.py`: do not edit.
 
-Every end but 0 has a code, and one sentence that names the value, the rule and the remedy; `error.json` in the run
-directory has both, and `python -m stages runs` shows them for all runs. Find the code first, then the sentence.
-`...` stands for what differs. Each sentence is said by a real command in the test that is linked behind it.
+Every end but 0 has a code, and one sentence that names the value, the rule and the remedy; `error.json` in the
+run directory has both, and `python -m stages runs` shows them for all runs. Find the code first, then the sentence.
+`...` stands for what differs. Each is shown to be said by the test that is linked behind it.
 
 ## Exit codes
 
@@ -43,16 +44,17 @@ def said(node: ast.expr) -> str:
     return "..."
 
 
-def messages() -> Iterator[tuple[str, str]]:
+@functools.cache
+def messages() -> frozenset[tuple[str, str]]:
     """The (class, message) of every error that the code makes, wherever it is raised."""
+    return frozenset(_messages())
+
+
+def _messages() -> Iterator[tuple[str, str]]:
     for path in sorted((ROOT / "stages").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in CLASSES
-                and node.args
-            ):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if named and node.func.id in CLASSES and node.args:
                 yield node.func.id, " ".join(said(node.args[0]).split())
 
 
@@ -62,14 +64,14 @@ def found(trouble: Trouble) -> tuple[str, str]:
     Raises:
         LookupError: the code says that nowhere, or in several sentences.
     """
-    fitting = sorted({each for each in messages() if trouble.says in each[1]})
+    fitting = [each for each in messages() if trouble.says in each[1]]
     if len(fitting) != 1:
         raise LookupError(f"{trouble.says!r} is said by {len(fitting)} errors of the code")
     return fitting[0]
 
 
 def _entry(trouble: Trouble) -> list[str]:
-    kind, message = found(trouble)
+    _, message = found(trouble)
     path, _, name = trouble.test.partition("::")
     return [
         f"**{message}** ([{name}](../{path}))",

@@ -1,4 +1,4 @@
-"""The tutorial, run: `python -m tests.tutorial` runs its commands and puts what they print into docs/tutorial.md."""
+"""The tutorial, run: `python -m tests.tutorial` puts what its commands print into docs/tutorial.md."""
 
 import os
 import re
