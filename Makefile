@@ -50,7 +50,7 @@ submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults check docs doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
+.PHONY: help setup demo test test-faults check docs pictures doctor fetch prepare-data train evaluate generate chat merge export push report docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -119,3 +119,5 @@ docs: .venv/ready ## Make the generated files anew
 	$(local) options > docs/options.md
 	$(local) options --names > env/settings.names
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+pictures: .venv/test ## Take the documents' pictures anew, of `make demo`'s run; with chromium
+	.venv/bin/python docs/pictures.py runs/sample
