@@ -50,7 +50,7 @@ submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults docs-test check docs plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push submit slurm-test
+.PHONY: help setup demo test test-faults docs-test check docs pictures plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -129,3 +129,5 @@ docs: .venv/ready ## Make the generated files anew
 	$(local) options --names > env/settings.names
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
 	.venv/bin/python -m tests.troubleshooting > docs/troubleshooting.md
+pictures: .venv/test ## Take the documents' pictures anew, of `make demo`'s run; with chromium
+	.venv/bin/python docs/pictures.py runs/sample

@@ -18,6 +18,7 @@ from tests.refusals import refused
 
 SMOKE = ("--env-file", str(ROOT / "env" / "smoke.env"))
 STAGES = ("prepare-data", "train", "evaluate", "merge")
+NAMES = dict(zip(STAGES, ("data", "adapter", "evaluation", "merged"), strict=True))
 FILES = {
     "data": {
         "train.arrow", "held_out.arrow", "prompts.jsonl", "prompt_format.json", "ledger.jsonl",
@@ -209,6 +210,16 @@ def test_the_report_shows_what_the_evaluation_holds(smoke: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if words in line)
     assert line.split()[-2:] == result["summary"][0][1:]
     assert result["summary"][2][0] == result["answers"][0]["question"]
+    page = (smoke / "run" / "report.html").read_text()
+    assert len(page) < 3_000_000
+    assert "<script" not in page
+    # All but what a CPU, two steps and the stages that were not run leave out.
+    notes = [note for note in page.split('<p class="missing">')[1:] if "not recorded" not in note[:80]]
+    assert [note.split(":")[0] for note in notes] == ["There is no prediction to compare"]
+    for name in STAGES:
+        made = manifest(smoke / "run" / NAMES[name])
+        assert all(entry["sha256"] in page for entry in made["files"].values())
+        assert all(setting in page for setting in made["settings"])
 
 
 def test_the_account_of_the_adapters_health_is_kept(smoke: Path) -> None:
