@@ -6,6 +6,14 @@ RUN_DIR ?= runs/$(PRESET)
 DATA_DIR ?= data
 CACHE_DIR ?= $(HOME)/.cache
 PYTHON ?= python3
+# The image: which torch (cu13, cu12 or cpu), what --gpus gets, and more words for docker run and docker build.
+TORCH ?= cu13
+GPUS ?= $(if $(filter cpu,$(TORCH)),,all)
+DOCKER_FLAGS ?=
+BUILD_FLAGS ?=
+# The lock for the CPU knows the wheel for 3.11 alone.
+BASE_IMAGE ?= python:$(if $(filter cpu,$(TORCH)),3.11,3.12)-slim
+TORCH_INDEX_URL ?= $(if $(filter cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
 
 # Any text, whatever it holds, reaches the stage through the environment: make must not expand it.
 override PROMPT := $(value PROMPT)
@@ -21,10 +29,12 @@ paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(
 tasks = $(foreach path,$(wildcard $(subst $(comma), ,$(BENCHMARKS))),$(if $(wildcard $(path)/.),$(path),$(dir $(path))))
 inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
   $(PROMPTS_FILE) $(SSL_CERT_FILE) $(tasks))))
-docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" $(FETCH_DIR) && docker run --rm --pull never --gpus all --shm-size 8g \
+docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" $(FETCH_DIR) && docker run --rm --pull never $(if $(GPUS),--gpus $(GPUS)) --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \
-  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR) $(FETCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
+  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR) $(FETCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" \
+  $(DOCKER_FLAGS) $(IMAGE)
+built = BASE_IMAGE TORCH TORCH_INDEX_URL EXTRAS
 local = .venv/bin/python -m stages
 $(if $(filter docker local,$(RUNNER)),,$(error RUNNER=$(RUNNER) is neither docker nor local))
 stage = $($(RUNNER)) --env-file env/$(PRESET).env
@@ -94,8 +104,8 @@ push: $(ready) ## Upload the adapter to REPOSITORY=owner/name, private
 report: $(ready) ## Print what the run came to
 	$(stage) report
 
-docker-build: ## Build the image; EXTRAS=eval adds benchmarks and the judge
-	docker build --tag $(IMAGE) --build-arg EXTRAS=$(EXTRAS) .
+docker-build: ## Build the image for TORCH=cu13, cu12 or cpu; EXTRAS=eval adds benchmarks and the judge
+	docker build --tag $(IMAGE) $(foreach name,$(built),--build-arg $(name)=$($(name))) $(BUILD_FLAGS) .
 docker-push: ## Push IMAGE=registry/name:tag
 	docker push $(IMAGE)
 submit: .venv/ready ## Render a job for TARGET, and hand it to that service's own client
