@@ -16,7 +16,8 @@ def main() -> int:
     try:
         with engine() as found:
             os.environ.update(found, **{SWITCH: base(found)})
-            return int(pytest.main([str(Path(__file__).parent), "-v", "-x", *sys.argv[1:]]))
+            asked = sys.argv[1:] or [str(Path(__file__).parent)]
+            return int(pytest.main(["-v", *asked]))
     except NoEngine as error:
         print(f"image-test: NOT RUN: {error}", file=sys.stderr)
         return 1

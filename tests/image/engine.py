@@ -1,7 +1,7 @@
 """An engine to build and run the image with: the one that runs, else Debian's, started for the tests and ended.
 
-Its images stay in FOLDER, so that the next time takes seconds. A debootstrapped tree stands in for the base image:
-no registry is asked.
+Its images stay in FOLDER, so that the next time takes seconds. A debootstrapped tree stands in for the base
+image: no registry is asked.
 """
 
 import contextlib
