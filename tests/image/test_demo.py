@@ -70,7 +70,7 @@ def test_train_is_stopped_and_goes_on(checkout: Checkout, run_dir: Path, tmp_pat
     done = checkout.make(*asked)
     assert done.returncode == 0, done.stderr
     adapter = manifest(run_dir / "adapter")
-    assert adapter["resumed_from_step"] >= 1
+    assert adapter["metrics"]["resumed_from_step"] >= 1
     assert not (run_dir / "error.json").exists()
 
 

