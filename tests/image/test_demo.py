@@ -44,14 +44,14 @@ def test_prepare_data(checkout: Checkout, run_dir: Path) -> None:
 
 
 def test_train_is_stopped_and_goes_on(checkout: Checkout, run_dir: Path, tmp_path: Path) -> None:
-    """`docker stop` is what batch services do: 75 within the grace, and the same command goes on."""
+    """`docker stop`, as batch services do: 75 within the grace, and the same command goes on from a checkpoint."""
     asked = ("train", f"PRESET={PRESET}", *(["MAX_STEPS=12"] if PRESET == "smoke" else []))
     words = checkout.words(*asked, flags=f"{HARD} --name {NAME}")
     log = tmp_path / "train.log"
     with log.open("w") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, **checkout.as_user(UID))  # type: ignore[call-overload]
         until = time.monotonic() + 600
-        while steps(log) < 1:
+        while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.5)
