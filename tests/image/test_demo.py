@@ -44,7 +44,7 @@ def test_prepare_data(checkout: Checkout, run_dir: Path) -> None:
 
 
 def test_train_is_stopped_and_goes_on(checkout: Checkout, run_dir: Path, tmp_path: Path) -> None:
-    """`docker stop`, as batch services do: 75 within the grace, and the same command goes on from a checkpoint."""
+    """`docker stop`, as batch services do: 75 within the grace; the same command goes on from a checkpoint."""
     asked = ("train", f"PRESET={PRESET}", *(["MAX_STEPS=12"] if PRESET == "smoke" else []))
     words = checkout.words(*asked, flags=f"{HARD} --name {NAME}")
     log = tmp_path / "train.log"
