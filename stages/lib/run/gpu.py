@@ -17,9 +17,11 @@ from stages.lib.run.checks import Check, enforce, failed, warned
 from stages.lib.run.exits import CannotRun, TryAgain
 
 LIBRARY = "libnvidia-ml.so.1"
-# By CUDA's major version: the first driver for it, and the first compute capability that its compilers know.
+# By CUDA's major version: the first driver for it, and the first compute capability that torch is built for.
 DRIVERS = {13: 580, 12: 525, 11: 450}
-OLDEST = {13: (7, 5), 12: (5, 0), 11: (3, 5)}
+# Beside the usual one, by CUDA's major version: the torch that PyPI has for it, which the image's locks pin.
+OTHERS = {12: "2.10.0"}
+OLDEST = {13: (7, 5), 12: (7, 0), 11: (3, 5)}
 BF16, FP8 = (8, 0), (8, 9)  # compute capabilities
 NEEDS = {"nf4": BF16, "int8": BF16, "bf16": BF16, "fp8": FP8}
 LOST = {15, 16}  # NVML's codes for a GPU that was there: lost, or to be reset
@@ -230,19 +232,30 @@ def _driver(found: Found, cuda: Version) -> Check:
     return failed(
         "driver", CannotRun,
         f"{serves}, and the installed torch, built for CUDA {dotted(cuda)}, needs driver {least} or newer",
-        f"update the driver, or install a torch for CUDA {found.cuda[0]}",
+        _or_older("update the driver", found.cuda[0]),
     )  # fmt: skip
+
+
+def _or_older(remedy: str, cuda: int) -> str:
+    """A remedy, or else the torch for another major version of CUDA, where there is one."""
+    if cuda not in OTHERS:
+        return remedy
+    return (
+        f"{remedy}, or take torch {OTHERS[cuda]}, which is built for CUDA {cuda}: the image of "
+        f"`make docker-build TORCH=cu{cuda}`, or pip install -r env/locks/cu{cuda}.txt"
+    )
 
 
 def _capability(found: Found, cuda: Version) -> Check:
     oldest = OLDEST.get(cuda[0], OLDEST[max(OLDEST)])
     for gpu in found.gpus:
         if gpu.capability < oldest:
+            older = cuda[0] - 1 if gpu.capability >= OLDEST.get(cuda[0] - 1, oldest) else 0
             return failed(
                 "capability", CannotRun,
                 f"{gpu.name} has compute capability {dotted(gpu.capability)}, and the installed torch, built "
                 f"for CUDA {dotted(cuda)}, begins at {dotted(oldest)}",
-                "use a newer GPU, or a torch for an older CUDA",
+                _or_older("use a newer GPU", older),
             )  # fmt: skip
     return Check("capability", f"CUDA {dotted(cuda)} begins at {dotted(oldest)}")
 

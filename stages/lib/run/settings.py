@@ -24,7 +24,10 @@ OTHERS = (
     "TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE",
 )  # fmt: skip
-MAKE_NAMES = ("RUNNER", "TARGET", "DATA_DIR", "CACHE_DIR", "EXTRAS", "PYTHON", "HF_HOME")
+MAKE_NAMES = (
+    "RUNNER", "TARGET", "DATA_DIR", "CACHE_DIR", "EXTRAS", "PYTHON", "HF_HOME",
+    "TORCH", "GPUS", "DOCKER_FLAGS", "BUILD_FLAGS", "BASE_IMAGE", "TORCH_INDEX_URL",
+)  # fmt: skip
 ORIGINS = {
     click.ParameterSource.COMMANDLINE: "flag",
     click.ParameterSource.ENVIRONMENT: "environment",

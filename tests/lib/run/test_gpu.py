@@ -123,6 +123,11 @@ def test_driver_that_is_too_old(wheels: Path, driver: Path) -> None:
     assert found["exit"] == 78
     for word in ("550.54.15", "CUDA 12.4", "CUDA 13.0", "580"):
         assert word in found["found"]
+    remedy = checks(wheels / "cu130", driver, **old)["driver"]["remedy"]
+    assert "TORCH=cu12" in remedy
+    assert "torch 2.10.0" in remedy
+    ancient = {"FAKE_DRIVER": "470.82.01", "FAKE_CUDA": "11040"}
+    assert checks(wheels / "cu130", driver, **ancient)["driver"]["remedy"] == "update the driver"
     # A newer minor version of CUDA is served by an older driver of the same major one.
     assert checks(wheels / "cu128", driver, **old)["driver"]["state"] == "ok"
 
@@ -134,6 +139,9 @@ def test_gpu_that_cuda_no_longer_knows(wheels: Path, driver: Path) -> None:
     assert found["exit"] == 78
     assert "7.0" in found["found"]
     assert "7.5" in found["found"]
+    assert "TORCH=cu12" in found["remedy"]
+    older = checks(wheels / "cu130", driver, "fp32", FAKE_CAPABILITY="61")["capability"]
+    assert older["remedy"] == "use a newer GPU"
     assert checks(wheels / "cu128", driver, "fp32", FAKE_CAPABILITY="70")["capability"]["exit"] == 0
 
 

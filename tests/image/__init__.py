@@ -1,0 +1,1 @@
+"""The image, built and run on a real engine: `make image-test`."""
