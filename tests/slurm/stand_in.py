@@ -1,9 +1,9 @@
 """What stands in for apptainer: it takes the same arguments and variables, and no image.
 
 It notes what it is given, and ends as the volume's `plan` tells it, one word for each start: a code; `KILL` or
-`TERM`, by that signal; `wait`, with 75 when it is asked to stop; `deaf`, not even then. Without a plan it runs the
-stages that lie here, with the paths of the binds for those in the image, in the environment that `--containall`
-leaves.
+`TERM`, by that signal; `wait`, with 75 when it is asked to stop; `deaf`, not even then. Without a plan it runs
+the stages that lie here, with the paths of the binds for those in the image, in the environment that
+`--containall` leaves.
 """
 
 PROGRAM = """\
@@ -41,7 +41,7 @@ kept = {{name: os.environ[name] for name in ("PATH", "HOME", "STAND_IN_ROOT")}}
 prefix = "APPTAINERENV_"
 given = {{n[len(prefix):]: v for n, v in os.environ.items() if n.startswith(prefix)}}
 for here, there in binds.items():
-    given = {{n: there + v[len(here):] if v.startswith(here + "/") or v == here else v for n, v in given.items()}}
+    given = {{n: there + v[len(here):] if (v + "/").startswith(here + "/") else v for n, v in given.items()}}
 given |= {{"EXPECT_GPU": "0", "PYTHONPATH": kept["STAND_IN_ROOT"], "OMP_NUM_THREADS": "1"}}
 arguments = sys.argv[[a.startswith("docker://") for a in sys.argv].index(True) + 1:]
 os.chdir(kept["STAND_IN_ROOT"])

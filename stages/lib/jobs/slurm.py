@@ -67,7 +67,8 @@ PORT = "export MASTER_PORT=$((20000+SLURM_JOB_ID%10000))"
 WAIT = 120  # seconds that the others may take when one host has ended; they do within a minute
 KNOWN = (
     "job-name", "output", "open-mode", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "gres", "requeue",
-    "signal", "time", "partition", "account", "qos", "constraint", "exclusive", "nodelist", "exclude", "reservation",
+    "signal", "time", "partition", "account", "qos", "constraint", "exclusive", "nodelist", "exclude",
+    "reservation",
 )  # fmt: skip
 
 

@@ -39,7 +39,6 @@ TARGETS = {
     "kubernetes": Target(
         kubernetes.render, kubernetes.broken, kubernetes.validate, "job.yaml",
         "the name of a PersistentVolumeClaim", lambda v: "/" not in v and ":" not in v,
-        several_hosts=True,
     ),
     "skypilot": Target(
         skypilot.render, skypilot.broken, skypilot.validate, "job.yaml",
