@@ -1,6 +1,6 @@
 """The documents' pictures, of a real run: `make pictures` writes `docs/pictures/`.
 
-Opens the report of a finished run in Debian's Chromium (`apt-get install chromium`), in light and in dark and as
+Opens the report of a finished run in Debian's Chromium (`apt-get install chromium`), in light, in dark, and as
 a phone shows it. The pictures in the repository are of `make demo`.
 """
 

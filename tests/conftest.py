@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.forking import Forking
 
 pytest_plugins = ["tests.counting"]
 ROOT = Path(__file__).parent.parent
@@ -110,3 +114,20 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 text += f"### Human: Why, ünïcode?### Assistant: Because {n} + {n} = {2 * n}."
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def few(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Forking]":
+    """A server of commands whose folder holds `prepared`, of 22 short rows, two of them held out."""
+    from tests.forking import forking
+
+    folder = tmp_path_factory.mktemp("few")
+    with (folder / "rows.jsonl").open("w") as file:
+        for n in range(22):
+            text = f"### Human: {'And ' * (n % 5)}{n}?### Assistant:{' yes' * (n % 3 + 1)}"
+            file.write(json.dumps({"text": text}) + "\n")
+    with forking(folder) as cli:
+        data = {"DATASET": "rows.jsonl", "MAX_LENGTH": "64", "VALIDATION_FRACTION": "0.1"}
+        done = cli("prepare-data", env=data | {"BASE_MODEL": str(tiny), "RUN_DIR": "prepared"})
+        assert done.returncode == 0, done.stderr
+        yield cli

@@ -214,7 +214,9 @@ def test_the_report_shows_what_the_evaluation_holds(smoke: Path) -> None:
     assert len(page) < 3_000_000
     assert "<script" not in page
     # All but what a CPU, two steps and the stages that were not run leave out.
-    notes = [note for note in page.split('<p class="missing">')[1:] if "not recorded" not in note[:80]]
+    notes = [
+        note for note in page.split('<p class="missing">')[1:] if "not recorded" not in note[:80]
+    ]
     assert [note.split(":")[0] for note in notes] == ["There is no prediction to compare"]
     for name in STAGES:
         made = manifest(smoke / "run" / NAMES[name])

@@ -11,7 +11,7 @@ import pytest
 
 from stages.lib.run import artifact
 from stages.lib.run.fields import FIELDS, MEASURED
-from tests.forking import Forking, forking
+from tests.forking import Forking
 
 # Packed, with dropout and the 8-bit optimizer: three bins a step, two steps an epoch, three epochs.
 RECIPE = {
@@ -92,17 +92,8 @@ def without_times(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    folder = tmp_path_factory.mktemp("resume")
-    with (folder / "rows.jsonl").open("w") as file:
-        for n in range(22):
-            text = f"### Human: {'And ' * (n % 5)}{n}?### Assistant:{' yes' * (n % 3 + 1)}"
-            file.write(json.dumps({"text": text}) + "\n")
-    with forking(folder) as cli:
-        data = {"DATASET": "rows.jsonl", "MAX_LENGTH": "64", "VALIDATION_FRACTION": "0.1"}
-        done = cli("prepare-data", env=data | {"BASE_MODEL": str(tiny), "RUN_DIR": "prepared"})
-        assert done.returncode == 0, done.stderr
-        yield Runs(cli, folder / "prepared", tiny)
+def runs(few: Forking, tiny: Path) -> Runs:
+    return Runs(few, few.folder / "prepared", tiny)
 
 
 def cases() -> Iterator[Any]:

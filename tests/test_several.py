@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from stages.lib.run.fields import MEASURED
 from tests.conftest import clean_environment
-from tests.forking import Forking, forking
+from tests.forking import Forking
 
 # Packed, with dropout; three bins a step, which two processes share unevenly; two steps an epoch.
 RECIPE = {
@@ -55,20 +54,11 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
-    folder = tmp_path_factory.mktemp("several")
-    with (folder / "rows.jsonl").open("w") as file:
-        for n in range(22):
-            text = f"### Human: {'And ' * (n % 5)}{n}?### Assistant:{' yes' * (n % 3 + 1)}"
-            file.write(json.dumps({"text": text}) + "\n")
-    with forking(folder) as cli:
-        data = {"DATASET": "rows.jsonl", "MAX_LENGTH": "64", "VALIDATION_FRACTION": "0.1"}
-        done = cli("prepare-data", env=data | {"BASE_MODEL": str(tiny), "RUN_DIR": "prepared"})
-        assert done.returncode == 0, done.stderr
-        found = Two(cli, tiny)
-        done = found.alone(found.begin("whole"))
-        assert done.returncode == 0, done.stderr
-        yield found
+def two(few: Forking, tiny: Path) -> Two:
+    found = Two(few, tiny)
+    done = found.alone(found.begin("whole"))
+    assert done.returncode == 0, done.stderr
+    return found
 
 
 def metrics(run: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The page of what goes wrong: docs/troubleshooting.md, what is said, why, and what to do.
 
-`python -m tests.troubleshooting > docs/troubleshooting.md` writes it. What is said is read off the code that says
-it; the exit codes are those of `stages.lib.run.endings`; why, and the test in which a real command says so,
-are in troubles.py beside this file.
+`python -m tests.troubleshooting > docs/troubleshooting.md` writes it. What is said is read off the code that
+says it; the exit codes are those of `stages.lib.run.endings`; why, and the test in which a real command says
+so, are in troubles.py beside this file.
 """
 
 import ast
@@ -24,7 +24,8 @@ INTRODUCTION = """# Troubleshooting
 Made by `make docs` from the code and `tests/troubles.py`: do not edit.
 
 Every end but 0 has a code, and one sentence that names the value, the rule and the remedy; `error.json` in the
-run directory has both, and `python -m stages runs` shows them for all runs. Find the code first, then the sentence.
+run directory has both, and `python -m stages runs` shows them for all runs.
+Find the code first, then the sentence.
 `...` stands for what differs. Each is shown to be said by the test that is linked behind it.
 
 ## Exit codes

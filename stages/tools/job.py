@@ -57,6 +57,10 @@ def _preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
     "--num-gpus", "NUM_GPUS", type=Number(int, low=1, high=16), default=1,
     help="GPUs of the machine.",
 )  # fmt: skip
+@setting(
+    "--num-hosts", "NUM_HOSTS", type=Number(int, low=1), default=1,
+    help="Machines that train together, each with NUM_GPUS; with --stage train.",
+)  # fmt: skip
 @setting("--gpu", "GPU", help="Kind of GPU, by the service's own name.")
 @setting("--spot", "SPOT", is_flag=True, help="Take a machine that may be taken away.")
 @options.grace_seconds
@@ -74,7 +78,7 @@ def _preset(ctx: click.Context, _: click.Parameter, name: str | None) -> str:
 @click.pass_context
 def job(
     ctx: click.Context, target: str, preset: str, stage: str, image: str, volume: str | None,
-    folder: str | None, num_gpus: int, gpu: str | None, spot: bool, grace_seconds: float,
+    folder: str | None, num_gpus: int, num_hosts: int, gpu: str | None, spot: bool, grace_seconds: float,
     max_runtime: float | None, secret: str | None, queue: str | None, role: str | None, checked: bool,
     spec: Path | None,
 ) -> None:  # fmt: skip
@@ -92,7 +96,7 @@ def job(
     stages = CHAIN if stage == "chain" else (stage,)
     order = Order(
         preset=preset, run=Path(folder or preset).name, stage=stage, image=image, volume=volume,
-        variables=from_environment(ctx, stages), gpus=num_gpus, gpu=gpu, spot=spot,
+        variables=from_environment(ctx, stages), gpus=num_gpus, hosts=num_hosts, gpu=gpu, spot=spot,
         grace=int(grace_seconds), runtime=int(max_runtime) if max_runtime else None, secret=secret,
         queue=queue, role=role,
     )  # fmt: skip

@@ -1,101 +1,129 @@
-"""The Slurm script on a cluster of one machine: what is requeued, and what the container gets.
+"""The Slurm script on a real cluster: what is requeued, what the container gets, and a training on two nodes.
 
-As root, with Debian's slurm-wlm and munge. A stand-in for apptainer notes what it is given and ends as told.
+As root, with Debian's slurm-wlm and munge; minutes. A stand-in for apptainer notes what it is given and ends as
+told, or runs the stages.
 """
 
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.lib.jobs.orders import ODD, spec
+from tests.slurm import training
+from tests.slurm.cluster import GOING, Cluster
 
-CONF = """\
-ClusterName=one
-SlurmctldHost={host}
-SlurmctldPort=26817
-SlurmdPort=26818
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
-CryptoType=crypto/munge
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SlurmdParameters=config_overrides
-KillWait=2
-MpiDefault=none
-ReturnToService=2
-GresTypes=gpu
-NodeName={host} CPUs=8 RealMemory=65536 Gres=gpu:1 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES State=UP
-"""
-STAND_IN = """\
-#!{python}
-import json, os, signal, sys, time
-volume = next(w for w in sys.argv if ":/runs" in w).partition(":/runs")[0]
-plan = open(volume + "/plan").read().split()
-open(volume + "/plan", "w").write(" ".join(plan[1:]))
-with open(volume + "/calls.jsonl", "a") as file:
-    file.write(json.dumps({{"arguments": sys.argv[1:], "environment": dict(os.environ)}}) + "\\n")
-if plan[0] == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    open(volume + "/waiting", "w").close()
-    time.sleep(300)
-sys.exit(int(plan[0]))
-"""
-# What the container ends with, attempt by attempt: the state, code and restarts of the job.
-CASES = {
-    "75 0": ("COMPLETED", "0:0", "1"),
-    "65": ("FAILED", "65:0", "0"),
-}
+LIMIT_SECONDS = 400.0
 
 
-def start(folder: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, str]:
-    """Start munged, slurmctld and slurmd; the environment in which their clients find them."""
-    host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool", "bin"):
-        (folder / name).mkdir()
-    (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder))
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/zero\n")
-    (folder / "bin" / "apptainer").write_text(STAND_IN.format(python=sys.executable))
-    (folder / "bin" / "apptainer").chmod(0o755)
-    (folder / "munge.key").write_bytes(os.urandom(64))
-    (folder / "munge.key").chmod(0o400)
-    surroundings = dict(os.environ) | {
-        "SLURM_CONF": f"{folder}/slurm.conf",
-        "PATH": f"{folder}/bin:{os.environ['PATH']}:/usr/sbin",
-    }
-    files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munged.log"}
-    files |= {"pid-file": "munged.pid", "seed-file": "munged.seed"}
-    munged = ["munged", "--foreground", "--force"]
-    for command in (
-        [*munged, *(f"--{option}={folder}/{name}" for option, name in files.items())],
-        ["slurmctld", "-D", "-c"],
-        ["slurmd", "-D", "-N", host],
-    ):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        processes.append(subprocess.Popen(command, env=surroundings, cwd=folder, **quiet))
+@dataclass(frozen=True)
+class Case:
+    """What the container ends with, attempt by attempt, and what then becomes of the job.
+
+    Attributes:
+        plan: see `stand_in`. end: state, code and restarts. told: how often the container got SIGTERM.
+        by: what stops the first attempt. name: of its folder.
+    """
+
+    name: str
+    plan: str
+    end: tuple[str, str, str]
+    by: str = ""
+    told: int = 0
+
+
+CASES = (
+    Case("stopped", "75 0", ("COMPLETED", "0:0", "1")),
+    Case("bad-data", "65", ("FAILED", "65:0", "0")),
+    Case("killed-codes", "137 143 0", ("COMPLETED", "0:0", "2")),
+    Case("killed", "KILL TERM 0", ("COMPLETED", "0:0", "2")),
+    Case("signalled", "wait 0", ("COMPLETED", "0:0", "1"), "scancel", told=1),
+    Case("time-over", "wait 0", ("COMPLETED", "0:0", "1"), "limit", told=1),
+    Case("preempted", "wait 0", ("COMPLETED", "0:0", "1"), "urgent", told=1),
+    Case("preempted-deaf", "deaf 0", ("COMPLETED", "0:0", "1"), "urgent", told=2),
+    Case("in-vain", " ".join(["75"] * 12), ("FAILED", "75:0", "9")),
+)
+
+
+class Trial:
+    """A case on a cluster."""
+
+    def __init__(self, cluster: Cluster, case: Case) -> None:
+        self.cluster, self.case = cluster, case
+        self.run, self.stopped = cluster.folder / case.name, False
+        self.run.mkdir()
+        (self.run / "plan").write_text(case.plan)
+        runtime = 55 if case.by == "limit" else None  # a minute for Slurm, which is the least
+        script = spec(
+            "slurm", volume=str(self.run), gpu=None, secret=None, variables=ODD, runtime=runtime
+        )
+        (self.run / "job.sbatch").write_text(script)
+        self.partition = ["--partition=spare"] if case.by == "urgent" else []
+        self.job = self.submit("job.sbatch", *self.partition)
+        self.found: dict[str, str] = {}
+
+    def submit(self, *arguments: str) -> str:
+        command = ["sbatch", "--parsable", *reversed(arguments)]
+        return self.cluster.run(*command, folder=self.run, HF_TOKEN="hf_of_this_test")
+
+    def look(self) -> bool:
+        """See how far it is, and stop its first attempt as the case wants it; whether it has ended."""
+        self.found = self.cluster.said(self.job)
+        if not self.stopped and (self.run / "waiting").exists():
+            self.stopped = True
+            if self.case.by == "scancel":
+                self.cluster.run("scancel", "--signal=TERM", self.job)
+            if self.case.by == "urgent":
+                self.submit(
+                    "--wrap=sleep 20", "--exclusive", "--partition=urgent", "--output=/dev/null"
+                )
+        return self.found["JobState"] not in GOING
+
+    def judge(self) -> bool:
+        """Whether it is as expected; says so."""
+        case, lines = self.case, (self.run / "calls.jsonl").read_text().splitlines()
+        notes = [json.loads(line) for line in lines]
+        calls = [note["environment"] for note in notes if "environment" in note]
+        told = len(notes) - len(calls)
+        prefix = "APPTAINERENV_"
+        handed = {name: calls[0].get(prefix + name) for name in [*ODD, "HF_TOKEN"]}
+        ended = tuple(self.found[name] for name in ("JobState", "ExitCode", "Restarts"))
+        good = (
+            ended == case.end
+            and len(calls) == int(case.end[2]) + 1
+            and told >= case.told
+            and bool(told) == bool(case.told)
+            and handed == ODD | {"HF_TOKEN": "hf_of_this_test"}
+        )
+        print(
+            f"{'ok ' if good else 'BAD'} {case.name}: the container ends with {case.plan}; job {ended}, "
+            f"{len(calls)} attempts, told {told} times",
+            flush=True,
+        )
+        if not good:
+            print("".join(log.read_text() for log in self.run.glob("*.log")), handed)
+        return good
+
+
+def tried(cluster: Cluster) -> list[bool]:
+    """Which cases are as expected; they run at once."""
+    # One node for both that are preempted, so one after the other.
+    waiting = [case for case in CASES if case.name != "preempted-deaf"]
+    trials = [Trial(cluster, case) for case in waiting]
+    going, good, until = list(trials), [], time.monotonic() + LIMIT_SECONDS
+    while going:
+        for trial in list(going):
+            if trial.look() or time.monotonic() > until:
+                going.remove(trial)
+                good.append(trial.judge())
+                if trial.case.name == "preempted":
+                    (last,) = set(CASES) - set(waiting)
+                    going.append(Trial(cluster, last))
         time.sleep(1)
-    return surroundings
-
-
-def said(job: str, surroundings: dict[str, str]) -> dict[str, str]:
-    """What Slurm says of a job."""
-    command = ["scontrol", "show", "job", "--oneliner", job]
-    done = subprocess.run(command, env=surroundings, text=True, capture_output=True, check=True)
-    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    return good
 
 
 def main() -> int:
@@ -103,59 +131,12 @@ def main() -> int:
     if os.getuid() or not all(map(shutil.which, ("sbatch", "slurmctld", "slurmd", "munged"))):
         print("slurm-test: NOT RUN: it needs root, and `apt-get install slurm-wlm munge`")
         return 1
-    folder = Path(tempfile.mkdtemp(prefix="slurm-test-"))
-    folder.chmod(0o755)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        surroundings = start(folder, processes)
-        jobs = {plan: submit(folder, plan, surroundings) for plan in CASES}
-        return max([judge(folder, plan, job, surroundings) for plan, job in jobs.items()])
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(20)
-
-
-def submit(folder: Path, plan: str, surroundings: dict[str, str]) -> str:
-    """Hand the script of a case to sbatch; the number of the job."""
-    run = folder / plan.replace(" ", "-")
-    run.mkdir()
-    (run / "plan").write_text(plan)
-    script = spec("slurm", volume=str(run), gpu=None, secret=None, variables=ODD)
-    (run / "job.sbatch").write_text(script)
-    command = ["sbatch", "--parsable", "job.sbatch"]
-    asked = surroundings | {"HF_TOKEN": "hf_of_this_test"}
-    done = subprocess.run(command, env=asked, cwd=run, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def judge(folder: Path, plan: str, job: str, surroundings: dict[str, str]) -> int:
-    """Wait for the end of a case: 0 where it is as expected."""
-    run, until, told = folder / plan.replace(" ", "-"), time.monotonic() + 400, False
-    while (found := said(job, surroundings))["JobState"] in (
-        "PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING",
-    ) and time.monotonic() < until:  # fmt: skip
-        if found["JobState"] == "PENDING" and found["Restarts"] != "0":
-            # Slurm lets two minutes pass before a second start.
-            now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-            subprocess.run(now, env=surroundings, check=False, capture_output=True)
-        if not told and (run / "waiting").exists():
-            told = True
-            subprocess.run(["scancel", "--signal=TERM", job], env=surroundings, check=True)
-        time.sleep(0.5)
-    ended = (found["JobState"], found["ExitCode"], found["Restarts"])
-    calls = [json.loads(line) for line in (run / "calls.jsonl").read_text().splitlines()]
-    prefix = "APPTAINERENV_"
-    odd = {name: calls[0]["environment"].get(prefix + name) for name in ODD}
-    good = ended == CASES[plan] and len(calls) == len(plan.split()) and odd == ODD
-    good = good and calls[0]["environment"].get(f"{prefix}HF_TOKEN") == "hf_of_this_test"
-    print(
-        f"{'ok ' if good else 'BAD'} container ends with {plan}: job {ended}, {len(calls)} attempts"
-    )
-    if not good:
-        print("".join(log.read_text() for log in run.glob("*.log")), odd if odd != ODD else "")
-    return int(not good)
+    with Cluster() as cluster:
+        good = [*tried(cluster), *training.tried(cluster)]
+        if not all(good):
+            shutil.copytree(cluster.folder, kept := Path(f"{cluster.folder}.failed"))
+            print(f"what was logged is in {kept}")
+    return int(not all(good))
 
 
 if __name__ == "__main__":

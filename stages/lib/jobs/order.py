@@ -27,7 +27,8 @@ class Order:
     Attributes:
         run: name of its folder on the volume. stage: one, or `chain`.
         variables: settings for the stages. gpu: its kind, as the service names it.
-        grace, runtime: seconds. secret, queue, role: as the service names them.
+        hosts: how many train together, each with `gpus`. grace, runtime: seconds.
+        secret, queue, role: as the service names them.
     """
 
     preset: str
@@ -37,6 +38,7 @@ class Order:
     volume: str
     variables: dict[str, str] = field(default_factory=dict)
     gpus: int = 1
+    hosts: int = 1
     gpu: str | None = None
     spot: bool = False
     grace: int = 25

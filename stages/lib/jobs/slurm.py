@@ -29,27 +29,29 @@ volume={volume}
 image={image}
 arguments=({arguments})
 
-cache=$(mktemp -d "${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}/lora-stages.XXXXXX")
-trap 'rm -rf "$cache"' EXIT
+cache=$(mktemp -u "${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}/lora-stages.XXXXXX")
 trap : TERM  # what ends the step may be told to this script too, which still has to requeue
 mkdir -p "$volume"
+{each}mkdir -p -m 700 "$cache"
 mounts=$volume:{runs},$cache:{cache}
 
 if srun --help | grep -q container-image; then
   registry=${{image%%/*}}
-  srun --container-image="$registry#${{image#*/}}" --container-mounts="$mounts" \\
+  srun{wait} --container-image="$registry#${{image#*/}}" --container-mounts="$mounts" \\
     --container-env="$(IFS=,; echo "${{variables[*]}}")" --container-workdir=/opt/lora-stages \\
     --no-container-mount-home --no-container-entrypoint --container-readonly \\
     tini -g -- python -m stages "${{arguments[@]}}"
   code=$?
 else
   for name in "${{variables[@]}}"; do export "APPTAINERENV_$name=${{!name-}}"; done
-  srun apptainer run --nv --containall --no-home --pwd /opt/lora-stages --bind "$mounts" \\
+  srun{wait} bash -c 'for name in {told}; do
+    export "APPTAINERENV_$name=${{!name-}}"; done; exec apptainer run "$@"' step \\
+    --nv --containall --no-home --pwd /opt/lora-stages --bind "$mounts" \\
     "docker://$image" "${{arguments[@]}}"
   code=$?
 fi
 
-rm -rf "$cache"
+{each}rm -rf "$cache"
 case $code in
   {codes})
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {attempts} ]; then
@@ -58,21 +60,31 @@ case $code in
 esac
 exit "$code"
 """
+# Where a host stands among several, which each is told for itself; apptainer hands nothing on.
+TOLD = ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST")
+# Two jobs on one machine must not meet at one port.
+PORT = "export MASTER_PORT=$((20000+SLURM_JOB_ID%10000))"
+WAIT = 120  # seconds that the others may take when one host has ended; they do within a minute
 KNOWN = (
-    "job-name", "output", "open-mode", "nodes", "ntasks", "cpus-per-task", "mem", "gres", "requeue", "signal",
-    "time", "partition", "account", "qos", "constraint", "exclusive", "nodelist", "exclude", "reservation",
+    "job-name", "output", "open-mode", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "gres", "requeue",
+    "signal", "time", "partition", "account", "qos", "constraint", "exclusive", "nodelist", "exclude",
+    "reservation",
 )  # fmt: skip
 
 
 def render(order: Order) -> str:
     """The script."""
     variables = order.environment(shared_cache=True)
+    several = order.hosts > 1
     secrets = f"set -a; . {shlex.quote(order.secret)}; set +a" if order.secret else ""
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(order)),
-        exports="\n".join(text.exports(variables)),
+        exports="\n".join([*text.exports(variables), *([PORT] if several else [])]),
         secrets=secrets,
-        names=" ".join([*variables, *SECRETS]),
+        names=" ".join([*variables, *(["MASTER_PORT"] if several else []), *SECRETS]),
+        each="srun " if several else "",
+        wait=f" --wait={WAIT}" if several else "",
+        told=" ".join(TOLD),
         volume=shlex.quote(order.volume),
         image=shlex.quote(order.image),
         arguments=shlex.join(order.arguments),
@@ -89,8 +101,8 @@ def _directives(order: Order) -> list[str]:
         f"job-name={order.name}",
         f"output={order.name}-%j.log",
         "open-mode=append",
-        "nodes=1",
-        "ntasks=1",
+        f"nodes={order.hosts}",
+        "ntasks-per-node=1",
         f"cpus-per-task={CPUS * order.gpus}",
         f"mem={MEMORY_GIB * order.gpus}G",
         f"gres=gpu:{kind}{order.gpus}",
@@ -114,6 +126,10 @@ def broken(script: str) -> list[str]:
         sentences.append("without --open-mode=append a requeued job overwrites its own log")
     if "scontrol requeue" not in script:
         sentences.append("nothing requeues the job after an exit code that is worth it")
+    if said.get("ntasks-per-node") != "1":
+        sentences.append("a host's GPUs are shared out by its one task: --ntasks-per-node=1")
+    if said.get("nodes") != "1" and script.count("srun mkdir") != 1:
+        sentences.append("only the first of several hosts has the folder of $cache")
     signal = re.fullmatch(r"TERM@(\d+)", said.get("signal", ""))
     if not signal:
         sentences.append("without --signal=TERM@SECONDS nothing is told before the time is over")

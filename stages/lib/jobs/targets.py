@@ -15,6 +15,7 @@ class Target:
 
     Attributes:
         volume: its form of VOLUME, as people read it. form: as `is_volume` takes it.
+        several_hosts: its spec can start a training on each of several.
         unused: settings that something else decides there, and what.
     """
 
@@ -25,6 +26,7 @@ class Target:
     volume: str
     is_volume: Callable[[str], object]
     needs_gpu: bool = False
+    several_hosts: bool = False
     unused: str | None = None
 
 
@@ -50,7 +52,7 @@ TARGETS = {
     "slurm": Target(
         slurm.render, slurm.broken, slurm.validate, "job.sbatch",
         "a folder that all machines share, from / on",
-        lambda v: v.startswith("/") and not set(v) & set(":,"),
+        lambda v: v.startswith("/") and not set(v) & set(":,"), several_hosts=True,
     ),
     "gcp-batch": Target(
         gcp_batch.render, gcp_batch.broken, gcp_batch.validate, "job.json",
@@ -72,6 +74,11 @@ def rendered(target: str, order: Order) -> str:
     if service.needs_gpu and not order.gpu:
         raise BadSetting(
             f"{target} has to know the kind of GPU; set GPU, as in GPU={_example(target)}"
+        )
+    if order.hosts > 1 and (order.stage != "train" or not service.several_hosts):
+        able = " and ".join(name for name in TARGETS if TARGETS[name].several_hosts)
+        raise BadSetting(
+            f"NUM_HOSTS={order.hosts} is for --stage train, on {able}: set it to 1, or see docs/scaling.md"
         )
     machines = gcp_batch.MACHINES
     if target == "gcp-batch" and order.gpus not in machines.get(order.gpu or "", {}):

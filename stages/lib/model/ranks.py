@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from stages.lib.run import lease, preemption, watchdog
+from stages.lib.run import environment, lease, preemption, watchdog
 from stages.lib.run.exits import GateFailed, StageError, Stopped, TryAgain
-from stages.lib.run.rank import Rank
+from stages.lib.run.rank import Rank, own_address
 
 # The first process may fetch a base for hours; that the others are alive is what the pulse is for.
 PATIENCE = datetime.timedelta(days=2)
+MEETING = datetime.timedelta(minutes=5)  # from the first that is ready to the last
 BEAT_SECONDS, LOST_BEATS = 4.0, 10
 LEAVE_SECONDS = 5.0
 DONE = b"done"
@@ -61,17 +62,21 @@ class Ranks:
     ) -> None:
         self.number, self.count = (rank.number, rank.count) if rank else (0, 1)
         self.near = rank.near if rank else 1
+        self.alone = rank is None  # else there are collectives, though it may be the only one
         self.first = self.number == 0
         self.joined = self.stopped = False
         self._done = threading.Event()
         if rank:
             with _together():
-                self._meet(rank)
-            self._pulse = _Pulse(rank, last_words, self._done)
+                self._meet(rank, last_words)
 
-    def _meet(self, rank: Rank) -> None:
+    def _meet(self, rank: Rank, last_words: Callable[[StageError], int] | None) -> None:
         serves = not rank.served and self.first
-        store = distributed.TCPStore(rank.address, rank.port, rank.count, serves, PATIENCE)
+        store = distributed.TCPStore(rank.address, rank.port, rank.count, serves, MEETING)
+        self._pulse = _Pulse(rank, last_words, self._done)
+        if rank.count > rank.near:
+            environment.use_interface(_other_host(rank, store))
+        store.set_timeout(PATIENCE)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(
             backend, store=distributed.PrefixStore("run", store), rank=self.number,
@@ -113,7 +118,7 @@ class Ranks:
         Raises:
             Stopped: any of them was asked to stop: so all do, at the same place. Lost: one is gone.
         """
-        if self.count == 1:
+        if self.alone:
             return one, two
         asked = float(preemption.left() is not None)
         sums = torch.tensor([asked, one, two], dtype=torch.float64)
@@ -159,7 +164,7 @@ class Ranks:
     def of_first(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, in all of them."""
         made: list[Any] = [make() if self.first else None]
-        if self.count > 1:
+        if not self.alone:
             with _together():
                 distributed.broadcast_object_list(made, src=0, group=self.hosts)
             watchdog.alive()
@@ -175,7 +180,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all processes have come so far."""
-        if self.count > 1:
+        if not self.alone:
             with _together():
                 distributed.barrier(group=self.hosts)
 
@@ -185,7 +190,7 @@ class Ranks:
         Raises:
             GateFailed: they differ.
         """
-        if self.count == 1:
+        if self.alone:
             return
         own = hashlib.sha256(adapter.detach().cpu().numpy().tobytes()).hexdigest()
         if self.of_first(lambda: own) != own:
@@ -197,9 +202,17 @@ class Ranks:
     def close(self) -> None:
         """This process needs the others no longer."""
         self._done.set()
-        if self.count > 1:
+        if not self.alone:
             self._pulse.thread.join()
             distributed.destroy_process_group()
+
+
+def _other_host(rank: Rank, store: distributed.TCPStore) -> str:
+    """The address of another host of this run: of the first, or to the first that of one which reaches it."""
+    if rank.number < rank.near:
+        return str(store.get("another host").decode())
+    store.set("another host", own_address(rank.address, rank.port))
+    return rank.address
 
 
 class _Pulse:

@@ -75,7 +75,7 @@ class LoraTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, on the adapter as one tensor."""
         parameters = adapter.trainable(self.model)
-        several = self.ranks.count > 1
+        several = not self.ranks.alone
         self.flat = Flat(
             parameters, self.longest_gradient, lambda: self.step_loss,
             beside=self.bins.plan.bins_per_step if several else 0, summed=self._sum if several else None,

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from stages.lib.run.exits import BadSetting, CannotWrite
-from stages.lib.run.rank import Hosts, Rank, first_host
+from stages.lib.run.rank import Hosts, Rank, first_host, interface
 
 SECRETS = (
     "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "JUDGE_API_KEY",
@@ -248,7 +248,7 @@ def take_rank() -> Rank | None:
     The variables go: Trainer and accelerate would wrap the model in a DDP of their own, and average.
     """
     given = {name: os.environ.get(name, "") for name in LAUNCHED}
-    if not given["LOCAL_RANK"] or int(given["WORLD_SIZE"] or 1) < 2:
+    if not given["LOCAL_RANK"]:
         return None
     for name in LAUNCHED:
         os.environ.pop(name, None)
@@ -259,11 +259,21 @@ def take_rank() -> Rank | None:
             gpus[local] if local < len(gpus) else "" if gpus else str(local)
         )
     return Rank(
-        int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["LOCAL_WORLD_SIZE"] or 1),
+        int(given["RANK"]), int(given["WORLD_SIZE"] or 1), int(given["LOCAL_WORLD_SIZE"] or 1),
         given["MASTER_ADDR"] or "localhost", int(given["MASTER_PORT"] or 29500),
         given["TORCHELASTIC_USE_AGENT_STORE"] == "True",
         Path(given["STAGES_ENDS"]) if given["STAGES_ENDS"] else None, int(given["STAGES_PARENT"] or 0),
     )  # fmt: skip
+
+
+def use_interface(address: str) -> None:
+    """Have gloo offer itself where this host reaches another, which it else does where its own name is.
+
+    On Debian that is 127.0.1.1, on which others wait in vain. What GLOO_SOCKET_IFNAME says stays.
+    """
+    with contextlib.suppress(OSError):
+        if name := interface(address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def for_ranks(folder: Path, near: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Where a process stands among those that train together, and a host among its job's."""
 
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,3 +40,29 @@ def first_host(names: str) -> str:
     """The first of `node[03-07,11],other`, which is how Slurm writes many."""
     form = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,]*)", names)
     return form[1] + (form[2] or "") + form[3] if form else names
+
+
+def own_address(address: str, port: int) -> str:
+    """The address by which this host reaches another; no packet is sent.
+
+    Raises:
+        OSError: it does not.
+    """
+    for family, kind, protocol, _, place in socket.getaddrinfo(
+        address, port, type=socket.SOCK_DGRAM
+    ):
+        with socket.socket(family, kind, protocol) as there:
+            there.connect(place)
+            return str(there.getsockname()[0])
+    raise OSError(f"{address} has no address")
+
+
+def interface(address: str) -> str | None:
+    """The network interface by which this host reaches another; None where it is the loop."""
+    import psutil
+
+    own = own_address(address, 9)
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [each.address.partition("%")[0] for each in addresses]:
+            return None if own.startswith("127.") or own == "::1" else str(name)
+    return None

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from stages.lib.run import environment, exits, gpu, notes, preemption, scratch
-from stages.lib.run.exits import CannotRun, TryAgain
+from stages.lib.run.exits import CannotRun, Stopped, TryAgain
 from stages.lib.run.progress import say
 from stages.lib.run.rank import Hosts, Rank
 from stages.lib.run.rundir import Run
@@ -27,6 +27,8 @@ from stages.lib.run.rundir import Run
 TICK_SECONDS = 0.2
 MARGIN_SECONDS = 5.0  # beyond the grace that the processes keep by themselves
 LINGER_SECONDS = 3.0  # for the first process to say why it ends
+FAR_SECONDS = 10.0  # for another host to do so
+REASON = "error.{}.json"  # of a host that failed by itself, by its number
 PREFIX = "lora-stages-ranks-"
 FAULT, AGAIN = 70, TryAgain.exit_code
 
@@ -52,10 +54,11 @@ def start(run: Run, near: int) -> bool:
         raise CannotRun(f"NUM_GPUS is {near}, and this machine has {there}; lower it")
     parent = environment.scratch_parent()
     parent.mkdir(parents=True, exist_ok=True)
+    _forget(run, hosts)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent) as name:
         folder = Path(name)
         code = _Ranks(folder, hosts, near, run.ctx.params["grace_seconds"]).run()
-        _conclude(run, _ends(folder), near, code)
+        _conclude(run, _ends(folder), near, code, hosts)
     return True
 
 
@@ -121,12 +124,43 @@ def _ends(folder: Path) -> dict[int, dict[str, Any]]:
     return {rank: record for rank, record in found.items() if record}
 
 
-def _conclude(run: Run, ends: dict[int, dict[str, Any]], near: int, code: int) -> None:
+def _forget(run: Run, hosts: Hosts) -> None:
+    """Remove what this host, and any that is no more among them, left of the attempt before for the others."""
+    with contextlib.suppress(OSError):
+        for path in run.folder.glob(REASON.format("*")):
+            number = path.name.split(".")[1]
+            if number == str(hosts.number) or int(number) >= hosts.count:
+                path.unlink(missing_ok=True)
+
+
+def _other_hosts(run: Run, own: dict[str, Any] | None, hosts: Hosts) -> list[dict[str, Any]]:
+    """Leave why this host failed, if it did so by itself, for the others; else what they left.
+
+    A service may take the highest code of several, so that 75 here would have a job tried again for nothing.
+    """
+    if own:
+        with contextlib.suppress(OSError):
+            notes.write(run.folder / REASON.format(hosts.number), own)
+        return []
+    until = time.monotonic() + FAR_SECONDS
+    while time.monotonic() < until:
+        records = [notes.read(path) for path in run.folder.glob(REASON.format("*"))]
+        if found := [record for record in records if record]:
+            return found
+        time.sleep(TICK_SECONDS)
+    return []
+
+
+def _conclude(
+    run: Run, ends: dict[int, dict[str, Any]], near: int, code: int, hosts: Hosts | None = None
+) -> None:
     """End as the processes did: for the reason of the one that failed, not of those that lost it."""
     if code == 0:
         return
     reasons = sorted(ends.values(), key=lambda end: end["at"])
     own = [end for end in reasons if end["exit"] not in (AGAIN, FAULT)]
+    if hosts and hosts.count > 1 and not any(end["code"] == Stopped.slug for end in reasons):
+        own += _other_hosts(run, next(iter(own), None), hosts)
     lost = len(ends) < near
     faults = [] if lost else [end for end in reasons if end["exit"] == FAULT]
     chosen = next(iter(own or faults or reasons), None)

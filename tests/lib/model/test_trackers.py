@@ -116,7 +116,7 @@ def test_who_is_not_let_in_is_told_before_the_training(
 
     tracker = Tracker(curves(tmp_path, "wandb"))
     monkeypatch.setattr(tracker, "_open", refused)
-    with pytest.raises(NoPermission, match="TRACKER=wandb was refused .the API key is wrong."):
+    with pytest.raises(NoPermission, match=r"TRACKER=wandb was refused .the API key is wrong."):
         tracker.begin()
 
 

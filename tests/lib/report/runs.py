@@ -81,7 +81,8 @@ def data(run: Path, **said: Any) -> artifact.Artifact:
         tokens, count = sum(map(sum, LENGTHS.values())), sum(map(len, LENGTHS.values()))
         metrics = {
             "rows_read": count + 3, "rows_kept": count, "rows_held_out": 2, "rows_truncated": 1,
-            "rows_split": 0, "rows_written": count, "turns_dropped": 0, "tokens_encoded": tokens + 30, "tokens": tokens,
+            "rows_split": 0, "rows_written": count, "turns_dropped": 0,
+            "tokens_encoded": tokens + 30, "tokens": tokens,
             "trainable_tokens": tokens - count, "tokens_lost": 32, "tokens_added": 2,
             "rows_ending_in_trained_eos": count, "rows_dropped": {"duplicate": 2, "bad": 1},
         }  # fmt: skip
