@@ -1,13 +1,16 @@
 """The command line in processes that begin with the libraries imported: what costs seconds is paid once."""
 
+import atexit
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from tests.conftest import clean_environment
@@ -67,16 +70,19 @@ class Forking:
         self.pid = 0
 
     def start(
-        self, *args: object, terminal: str = "", stdin: str = "", handles: int = 0, **env: str
-    ) -> int:
+        self, *args: object, terminal: str = "", stdin: str = "", handles: int = 0,
+        cwd: Path | None = None, **env: str,
+    ) -> int:  # fmt: skip
         """Start a command; its process id. `terminal`: a device to talk through, instead of files;
-        `handles`: how many files it may have open."""
+        `handles`: how many files it may have open; `cwd`: where, if not in `folder`."""
         self.end()
         files = [str(self.folder / name) for name in ("stdin", "stdout", "stderr")]
         for path in files:
             Path(path).write_text(stdin if path.endswith("stdin") else "")
         self.args = [str(arg) for arg in args]
-        order = {"args": self.args, "env": env, "cwd": str(self.folder), "handles": handles}
+        order = {"args": self.args, "env": env, "handles": handles} | {
+            "cwd": str(cwd or self.folder)
+        }
         self._write(order | {"files": [terminal] * 3 if terminal else files})
         self.pid = int(self._read())
         return self.pid
@@ -95,10 +101,10 @@ class Forking:
         return Result(self.args, code, out, err)
 
     def __call__(
-        self, *args: object, stdin: str = "", env: Mapping[str, str] | None = None
+        self, *args: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> Result:
         """Run a command."""
-        self.start(*args, stdin=stdin, **dict(env or {}))
+        self.start(*args, stdin=stdin, cwd=cwd, **dict(env or {}))
         return self.wait()
 
     def _write(self, order: object) -> None:
@@ -130,6 +136,26 @@ def forking(
             forked.end()
             assert server.stdin
             server.stdin.close()
+
+
+@cache
+def _server() -> Forking:
+    """One for all tests of this process; it ends with it."""
+    made = forking(Path(tempfile.mkdtemp(prefix="forking-")))
+    atexit.register(made.__exit__, None, None, None)
+    return made.__enter__()
+
+
+def run_forked(
+    folder: Path,
+    *args: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = "",
+) -> Result:
+    """As `conftest.run_stages`, without the seconds that the libraries take to be imported."""
+    given = clean_environment(folder) | dict(env or {})
+    return _server()(*args, stdin=stdin or "", env=given, cwd=cwd or folder)
 
 
 def lines(path: Path) -> list[dict[str, object]]:

@@ -49,12 +49,9 @@ def refused(result: Result, code: int, *words: str) -> None:
 
 
 def debris(run: Path) -> list[str]:
-    """Folders of a run that are no whole artifact."""
-    folders = (
-        [p for p in run.glob("*") if p.is_dir() and p.name not in ("checkpoints", "attempts")]
-        if run.is_dir()
-        else []
-    )
+    """Folders of a run that are no whole artifact, and should be."""
+    others = ("checkpoints", "attempts", "tensorboard")
+    folders = [p for p in run.glob("*") if p.is_dir() and p.name not in others]
     return sorted(p.name for p in [*folders, *run.glob("checkpoints/*")] if not whole(p))
 
 

@@ -456,8 +456,7 @@ def test_full_scratch(stages: Stages, tmp_path: Path, tiny: Path, rows: Path) ->
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize(
     ("stage", "first"),
-    [("train", "prepare-data"), ("evaluate", "train"), ("generate", "train"), ("merge", "train"),
-     ("report", "prepare-data")],
+    [("train", "prepare-data"), ("evaluate", "train"), ("generate", "train"), ("merge", "train")],
 )  # fmt: skip
 def test_stage_before_its_input(
     stages: Stages, tmp_path: Path, preset: Path, stage: str, first: str

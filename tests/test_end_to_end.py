@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.lib.run.fields import MEASURED
 from tests.conftest import REAL_ROWS, ROOT, clean_environment, run_stages
+from tests.forking import run_forked
 from tests.refusals import refused
 
 SMOKE = ("--env-file", str(ROOT / "env" / "smoke.env"))
@@ -91,16 +93,16 @@ def test_verify_hashes_again_and_force_makes_anew(smoke: Path) -> None:
     before = (smoke / "run" / "data" / "manifest.json").stat().st_mtime_ns
     content = path.read_bytes()
     path.write_bytes(content.replace(b"base", b"bose", 1))
-    assert run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
-    done = run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run", "--verify")
+    assert run_forked(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
+    done = run_forked(smoke, *SMOKE, "evaluate", "--run-dir", "run", "--verify")
     assert done.returncode == 65
     assert "evaluation.md" in done.stderr
     path.write_bytes(content)
-    done = run_stages(smoke, *SMOKE, "prepare-data", "--run-dir", "run", "--force")
+    done = run_forked(smoke, *SMOKE, "prepare-data", "--run-dir", "run", "--force")
     assert done.returncode == 0
     assert (smoke / "run" / "data" / "manifest.json").stat().st_mtime_ns > before
     # The same contents: nothing after it has become stale.
-    assert run_stages(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
+    assert run_forked(smoke, *SMOKE, "evaluate", "--run-dir", "run").returncode == 0
 
 
 def test_the_adapter_loads_in_plain_peft_with_equal_logits(smoke: Path, sample_model: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_gate_that_is_not_met_ends_with_82_again_and_again(smoke: Path) -> Non
     args = (*SMOKE, "evaluate", "--run-dir", "run")
     for _ in range(2):
         began = time.perf_counter()
-        done = run_stages(smoke, *args, env={"GATE": f"loss_difference<0,loss<{bound:.3f}"})
+        done = run_forked(smoke, *args, env={"GATE": f"loss_difference<0,loss<{bound:.3f}"})
         assert time.perf_counter() - began < 2
         assert done.returncode == 82, done.stderr
         assert f"asked is <{bound:.3f}".rstrip("0") in done.stderr
@@ -192,10 +194,10 @@ def test_a_gate_that_is_not_met_ends_with_82_again_and_again(smoke: Path) -> Non
         assert "not met" in (folder / "evaluation.html").read_text()
         for name in ("inputs", "settings", "versions", "device", "wall_seconds"):
             assert now[name] == before[name]
-    few = run_stages(smoke, *args, "--gate", "better")
+    few = run_forked(smoke, *args, "--gate", "better")
     assert few.returncode == 82
     assert "fewer than 6 held-out conversations" in few.stderr
-    done = run_stages(smoke, *args)
+    done = run_forked(smoke, *args)
     assert done.returncode == 0, done.stderr
     assert manifest(folder)["files"] == before["files"]
     assert not (smoke / "run" / "error.json").exists()
@@ -203,7 +205,7 @@ def test_a_gate_that_is_not_met_ends_with_82_again_and_again(smoke: Path) -> Non
 
 def test_the_report_shows_what_the_evaluation_holds(smoke: Path) -> None:
     result = json.loads((smoke / "run" / "evaluation" / "evaluation.json").read_text())
-    done = run_stages(smoke, *SMOKE, "report", "--run-dir", "run")
+    done = run_forked(smoke, *SMOKE, "report", "--run-dir", "run")
     assert done.returncode == 0, done.stderr
     words = "held-out loss, nats a token"
     assert result["summary"][0] == [words, *(f"{result[s]['loss']:.3f}" for s in ("base", "tuned"))]
@@ -260,14 +262,14 @@ def test_a_dead_adapter_is_not_evaluated(
     changed = {n: t.fill_(value) if factor in n else t for n, t in load_file(path).items()}
     save_file(changed, path)
     artifact.publish(tmp_path / "made", tmp_path / "run" / "adapter", made)
-    done = run_stages(tmp_path, *SMOKE, "evaluate", "--run-dir", "run")
+    done = run_forked(tmp_path, *SMOKE, "evaluate", "--run-dir", "run")
     refused(done, 82, words)
 
 
 def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:
     (smoke / "prompts.txt").write_text("What is a list?\n\nWhat is `$(touch x)`?\n")
     args = (*SMOKE, "generate", "--run-dir", "run", "--prompts-file", "prompts.txt")
-    done = run_stages(smoke, *args)
+    done = run_forked(smoke, *args)
     assert done.returncode == 0, done.stderr
     path = smoke / "run" / "generations" / "generations.jsonl"
     assert done.stdout.strip() == "run/generations/generations.jsonl"
@@ -275,9 +277,9 @@ def test_prompts_from_a_file_and_from_standard_input(smoke: Path) -> None:
     found.sort(key=lambda entry: entry["number"])
     assert [entry["prompt"] for entry in found] == ["What is a list?", "What is `$(touch x)`?"]
     assert all(entry["finish"] in ("stop", "length") for entry in found)
-    assert "nothing changed" in run_stages(smoke, *args).stderr
+    assert "nothing changed" in run_forked(smoke, *args).stderr
 
-    one = run_stages(smoke, *SMOKE, "generate", "--run-dir", "run", stdin="What is a list?\n")
+    one = run_forked(smoke, *SMOKE, "generate", "--run-dir", "run", stdin="What is a list?\n")
     assert one.returncode == 0
     assert one.stdout.strip() == found[0]["answer"]
     shutil.rmtree(smoke / "run" / "generations")
@@ -288,7 +290,7 @@ def test_the_classic_recipe_to_the_letter(tiny: Path, rows: Path, tmp_path: Path
     preset = ("--env-file", str(ROOT / "env" / "llama2-7b.env"))
     env = {"BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "512", "RUN_DIR": "run"}
     for stage in ("prepare-data", "train", "evaluate"):
-        done = run_stages(tmp_path, *preset, stage, env=env)
+        done = run_forked(tmp_path, *preset, stage, env=env)
         assert done.returncode == 0, done.stderr
     made = manifest(tmp_path / "run" / "adapter")
     values = {name: entry["value"] for name, entry in made["settings"].items()}
@@ -311,9 +313,9 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     preset = ("--env-file", str(ROOT / "env" / "llama2-7b-fp8.env"))
     env = {"BASE_MODEL": str(tiny), "DATASET": str(rows), "MAX_LENGTH": "512", "RUN_DIR": "run"}
     for stage in ("prepare-data", "train", "evaluate", "merge"):
-        done = run_stages(tmp_path, *preset, stage, env=env | {"MAX_NEW_TOKENS": "4"})
+        done = run_forked(tmp_path, *preset, stage, env=env | {"MAX_NEW_TOKENS": "4"})
         assert done.returncode == 0, done.stderr
-    said = run_stages(tmp_path, *preset, "generate", "--prompt", "Why?", env=env)
+    said = run_forked(tmp_path, *preset, "generate", "--prompt", "Why?", env=env)
     assert said.returncode == 0, said.stderr
     metrics = manifest(tmp_path / "run" / "adapter")["metrics"]
     assert metrics["base_precision"] == "fp8"
@@ -323,7 +325,7 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert metrics["matmul_ceiling_share"] is None
     assert metrics["model_flops_per_second"] > 0
     assert metrics["step_seconds"] > 0
-    told = run_stages(tmp_path, *preset, "plan", "--json", env=env)
+    told = run_forked(tmp_path, *preset, "plan", "--json", env=env)
     assert told.returncode == 0, told.stderr
     planned = json.loads(told.stdout)
     assert planned["amount"]["steps"] == metrics["steps"]
@@ -332,13 +334,14 @@ def test_the_fast_recipe_goes_all_the_way(tiny: Path, rows: Path, tmp_path: Path
     assert planned["off"]["beside"] == []
     steps = [entry for entry in metrics["history"] if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, metrics["steps"] + 1))
-    assert all(entry.keys() == {"step", "loss", "learning_rate", "grad_norm"} for entry in steps)
+    known = {"step", "loss", "learning_rate", "grad_norm"}
+    assert all(known <= entry.keys() <= known | set(MEASURED) for entry in steps)
 
 
 def test_a_run_that_offloads_ends_in_the_same_adapter(smoke: Path, tmp_path: Path) -> None:
     """Byte for byte, and its manifest says how it went."""
     shutil.copytree(smoke / "run" / "data", tmp_path / "run" / "data")
-    done = run_stages(
+    done = run_forked(
         tmp_path, *SMOKE, "train", "--run-dir", "run", "--recompute", "offload",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -369,7 +372,7 @@ def prepared(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
     """`run` with data for the tiny model, in rows of 128 tokens."""
     folder = tmp_path_factory.mktemp("prepared")
     data = ("--dataset", str(rows), "--base-model", str(tiny), "--max-length", "128")
-    done = run_stages(folder, "prepare-data", "--run-dir", "run", *data)
+    done = run_forked(folder, "prepare-data", "--run-dir", "run", *data)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -378,13 +381,13 @@ def test_rows_that_are_too_long_for_the_base_are_refused(
     tiny: Path, rows: Path, tmp_path: Path
 ) -> None:
     common = ("--run-dir", "run", "--base-model", str(tiny))
-    assert run_stages(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2
+    assert run_forked(tmp_path, "prepare-data", *common, "--dataset", str(rows)).returncode == 2
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "auto"])
 def test_other_precisions_train(tiny: Path, prepared: Path, tmp_path: Path, precision: str) -> None:
     shutil.copytree(prepared, tmp_path / "run")
-    done = run_stages(
+    done = run_forked(
         tmp_path, "train", "--run-dir", "run", "--base-model", str(tiny), "--base-precision", precision,
         "--batch-tokens", "256", "--learning-rate", "1e-2",
     )  # fmt: skip
@@ -400,7 +403,7 @@ def test_a_warm_start_begins_where_the_adapter_ended(
     common = ("--base-model", str(tiny), "--base-precision", "fp32", "--batch-tokens", "256")
     for run in ("one", "two"):
         shutil.copytree(prepared, tmp_path / run)
-    first = run_stages(tmp_path, "train", "--run-dir", "one", *common, "--learning-rate", "1e-2")
+    first = run_forked(tmp_path, "train", "--run-dir", "one", *common, "--learning-rate", "1e-2")
     assert first.returncode == 0, first.stderr
     args = (
         "train",
@@ -412,7 +415,7 @@ def test_a_warm_start_begins_where_the_adapter_ended(
         "--learning-rate",
         "1e-7",
     )
-    done = run_stages(tmp_path, *args, "--max-steps", "1")
+    done = run_forked(tmp_path, *args, "--max-steps", "1")
     assert done.returncode == 0, done.stderr
     from safetensors.torch import load_file
 
@@ -438,7 +441,7 @@ def uninterrupted(
         "--batch-tokens", "512", "--micro-batch-tokens", "128", "--max-steps", "40",
     )  # fmt: skip
     shutil.copytree(prepared, folder / "whole")
-    assert run_stages(folder, *recipe, "--run-dir", "whole").returncode == 0
+    assert run_forked(folder, *recipe, "--run-dir", "whole").returncode == 0
     return recipe, (folder / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
@@ -466,7 +469,7 @@ def test_stopped_and_started_again_it_is_the_same_adapter(
         process.wait()
     assert process.returncode == (75 if kill == signal.SIGTERM else -kill)
     assert not (tmp_path / "cut" / "adapter").exists()
-    done = run_stages(tmp_path, *recipe, "--run-dir", "cut")
+    done = run_forked(tmp_path, *recipe, "--run-dir", "cut")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
@@ -483,7 +486,7 @@ def trained(folder: Path, tiny: Path, rows: Path, **changed: str) -> dict[str, s
         "BATCH_TOKENS": "256", "RUN_DIR": "run",
     } | changed  # fmt: skip
     for stage in ("prepare-data", "train"):
-        done = run_stages(folder, stage, env=env)
+        done = run_forked(folder, stage, env=env)
         assert done.returncode == 0, done.stderr
     return env
 
@@ -507,13 +510,13 @@ def test_a_forced_run_that_is_stopped_goes_on(
     # As a forced run leaves it when it is stopped behind its third step.
     for name in ("adapter", "checkpoints/step-00000004"):
         shutil.rmtree(tmp_path / "run" / name)
-    done = run_stages(tmp_path, "train", "--force", env=env)
+    done = run_forked(tmp_path, "train", "--force", env=env)
     assert done.returncode == 0, done.stderr
     assert "going on from step 3" in done.stderr
-    done = run_stages(tmp_path, "train", "--force", env=env)
+    done = run_forked(tmp_path, "train", "--force", env=env)
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stderr
-    other = run_stages(tmp_path, "train", "--learning-rate", "1e-3", env=env)
+    other = run_forked(tmp_path, "train", "--learning-rate", "1e-3", env=env)
     assert other.returncode == 78
     assert "LEARNING_RATE was 0.0002, is now 0.001" in other.stderr
 
@@ -532,7 +535,7 @@ def test_a_corrupt_checkpoint_is_passed_over_and_made_again(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content if damage == "flipped" else content[:-1])
-    done = run_stages(tmp_path, "train", env=env)
+    done = run_forked(tmp_path, "train", env=env)
     assert done.returncode == 0, done.stderr
     assert "passing over a corrupt checkpoint" in done.stderr
     assert "going on from step 3" in done.stderr
@@ -546,18 +549,18 @@ def test_corrupt_artifacts_are_mended_as_their_error_says(
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    done = run_stages(tmp_path, "train", env=env)
+    done = run_forked(tmp_path, "train", env=env)
     assert done.returncode == 65
     assert "--force" in done.stderr
-    assert run_stages(tmp_path, "train", "--force", env=env).returncode == 0
-    assert "nothing changed" in run_stages(tmp_path, "train", env=env).stderr
+    assert run_forked(tmp_path, "train", "--force", env=env).returncode == 0
+    assert "nothing changed" in run_forked(tmp_path, "train", env=env).stderr
 
     path = tmp_path / "run" / "data" / "train.arrow"
     path.write_bytes(path.read_bytes()[:-1])
-    done = run_stages(tmp_path, "prepare-data", env=env)
+    done = run_forked(tmp_path, "prepare-data", env=env)
     assert done.returncode == 65
     assert "--force" in done.stderr
-    assert run_stages(tmp_path, "prepare-data", "--force", env=env).returncode == 0
+    assert run_forked(tmp_path, "prepare-data", "--force", env=env).returncode == 0
 
 
 @pytest.mark.case("H7")
@@ -566,7 +569,7 @@ def test_without_held_out_rows_it_trains_and_evaluate_says_so(
 ) -> None:
     env = trained(tmp_path, tiny, rows, MAX_STEPS="2", VALIDATION_FRACTION="0")
     assert manifest(tmp_path / "run" / "adapter")["metrics"]["held_out_loss"] is None
-    done = run_stages(tmp_path, "evaluate", env=env)
+    done = run_forked(tmp_path, "evaluate", env=env)
     assert done.returncode == 66
     assert "VALIDATION_FRACTION" in done.stderr
 
@@ -579,10 +582,10 @@ def test_data_that_was_edited_since_is_not_trained_on(
     shutil.copy(rows, tmp_path / "mine.jsonl")
     common = ("--base-model", str(tiny), "--run-dir", "run")
     data = ("--dataset", "mine.jsonl", "--max-length", "128")
-    assert run_stages(tmp_path, "prepare-data", *common, *data).returncode == 0
+    assert run_forked(tmp_path, "prepare-data", *common, *data).returncode == 0
     with (tmp_path / "mine.jsonl").open("a") as file:
         file.write(json.dumps({"text": "### Human: x### Assistant: y"}) + "\n")
-    done = run_stages(tmp_path, "train", *common)
+    done = run_forked(tmp_path, "train", *common)
     assert done.returncode == 78
     assert "its input dataset was" in done.stderr
     assert "prepare-data" in done.stderr
@@ -598,7 +601,7 @@ def test_the_loss_falls_on_real_conversations(sample_model: Path, tmp_path: Path
         "SCHEDULE": "constant", "RUN_DIR": "run",
     }  # fmt: skip
     for args in (("prepare-data", "--dataset", str(REAL_ROWS)), ("train",)):
-        done = run_stages(tmp_path, *args, env=env)
+        done = run_forked(tmp_path, *args, env=env)
         assert done.returncode == 0, done.stderr
     metrics = manifest(tmp_path / "run" / "adapter")["metrics"]
     losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]

@@ -32,6 +32,10 @@ while :; do
     --env AWS_SECRET_ACCESS_KEY \
     --env AWS_SESSION_TOKEN \
     --env JUDGE_API_KEY \
+    --env WANDB_API_KEY \
+    --env MLFLOW_TRACKING_PASSWORD \
+    --env MLFLOW_TRACKING_TOKEN \
+    --env TRACKIO_WRITE_TOKEN \
     registry.example.com/lora-stages:0.1 \
     --env-file env/llama2-7b.env chain &
   child=$!

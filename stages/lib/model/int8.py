@@ -118,4 +118,6 @@ def lighten(model: Any) -> None:
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     (x,) = cast(x)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return Product.apply(x, bias, layer.stored, layer.scales, layer.state.threshold)
+    return Product.apply(
+        x, bias, layer.stored.view(torch.int8), layer.scales, layer.state.threshold
+    )

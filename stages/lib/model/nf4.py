@@ -146,7 +146,8 @@ def lighten(model: Any) -> None:
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    kept = [getattr(layer, f"stored{place}") for place in range(STORED)]
+    packed, scales, *rest = (getattr(layer, f"stored{place}") for place in range(STORED))
+    kept = [packed.view(torch.uint8), scales.view(torch.uint8), *rest]
     (x,) = cast(x)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return Product.apply(x, bias, layer.out_features, *layer.blocks, *kept)

@@ -23,6 +23,7 @@ from stages.lib.model.ranks import Ranks
 from stages.lib.run.progress import say
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+BYTE = torch.float8_e4m3fn  # torch 2.11 shards floats alone, so that bytes are cut as these
 
 
 def spread(tuned: Any, precision: str, ranks: Ranks) -> None:
@@ -113,7 +114,10 @@ def _as_parameters(layer: nn.Module) -> None:
             module.weight = module.scales = None  # they are parts of what is computed together
         if isinstance(module, nn.Linear | projections.Together):
             for name in [n for n, b in held.items() if b is not None and b.dim()]:
-                module.register_parameter(name, nn.Parameter(held.pop(name), requires_grad=False))
+                kept = held.pop(name)
+                # Products view them as the integers that they are.
+                kept = kept if kept.is_floating_point() else kept.view(BYTE)
+                module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
 
 
 def _head_of(embeddings: Any, head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from stages.lib.model import adapter, health, history, shortage
 from stages.lib.model.account import Account
@@ -256,20 +252,16 @@ def train(
     with tracker or contextlib.nullcontext(), preemption.deferred(), account.progress:
         words = quick.tuned.config.vocab_size
         conduct = Conduct(
-            bins,
-            len(held_out) > 0,
-            saved if ranks.first else _not_saved,
-            account,
-            trainer.numbers,
-            first.judge,
-            words,
-        )
+            bins, len(held_out) > 0, saved if ranks.first else _not_saved, account, trainer.numbers,
+            first.judge, words,
+        )  # fmt: skip
         trainer.add_callback(conduct)
         doing = functools.partial(trainer.doing, rows)
         changes = shortage.remedies(quick, plan, rows, recipe["optimizer"])
         try:
             with shortage.explained(doing, changes):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            (preemption.check if ranks.alone else ranks.agree)()
         except pickle.UnpicklingError as error:
             raise BadData(
                 f"a file of the checkpoint after step {done} holds more than numbers, and was not run "

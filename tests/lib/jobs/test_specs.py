@@ -218,7 +218,9 @@ def test_slurm(tmp_path: Path) -> None:
     assert re.search(r"^set -a; \. /etc/token.env; set \+a$", text, re.M)
     _, calls = run_script(text.replace("/etc/token.env", "/dev/null"), tmp_path / "calls")
     said = calls["srun"][-1]["arguments"]
-    assert said[:3] == ["apptainer", "run", "--nv"]
+    assert said[:2] == ["bash", "-c"]
+    assert 'exec apptainer run "$@"' in said[2]
+    assert said[3:5] == ["step", "--nv"]
     assert said[-4:] == [f"docker://{IMAGE}", *ARGUMENTS]
     mounts = said[said.index("--bind") + 1].split(",")
     assert mounts[0] == f"{tmp_path}/runs:/runs"

@@ -68,11 +68,11 @@ def arrange(quick: Quick, recompute: bool) -> None:
     ("family", "precision", "recompute"),
     [
         ("llama3", "fp32", True),
-        ("mistral", "bf16", False),
         ("qwen2", "nf4", True),
         ("qwen2", "fp8", False),
-        ("llama3", "fp8", True),
-        ("qwen2", "int8", True),
+        pytest.param("mistral", "bf16", False, marks=pytest.mark.sweep),
+        pytest.param("llama3", "fp8", True, marks=pytest.mark.sweep),
+        pytest.param("qwen2", "int8", True, marks=pytest.mark.sweep),
     ],
 )
 def test_all_layers_and_bins_share_one_graph(
@@ -115,8 +115,14 @@ def test_all_layers_and_bins_share_one_graph(
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
-        ("llama3", "fp32"), ("llama2", "nf4"), ("qwen3", "bf16"), ("gemma3", "bf16"), ("phi3", "nf4"),
-        ("phi", "nf4"), ("olmo2", "nf4"), ("llama3", "fp8"),
+        ("llama3", "fp8"), ("phi3", "nf4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.sweep)
+            for case in (
+                ("llama3", "fp32"), ("llama2", "nf4"), ("qwen3", "bf16"), ("gemma3", "bf16"), ("phi", "nf4"),
+                ("olmo2", "nf4"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_offloaded_layers_keep_what_is_planned_and_give_the_same_gradients(

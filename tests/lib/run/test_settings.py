@@ -91,7 +91,7 @@ def test_make_does_not_swallow_a_misspelt_name(
             in done.stderr
         )
     else:
-        assert "there is no finished artifact in runs/smoke" in done.stderr
+        assert "there is nothing of a run in runs/smoke" in done.stderr
 
 
 def test_make_refuses_another_runner() -> None:
