@@ -13,7 +13,7 @@ RUN gpu="${TORCH#cpu}" \
         || apt-get install -y --no-install-recommends python3 python3-venv ${gpu:+python3-dev}) \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
 
-# One layer for the packages, which changes with their lock alone. EXTRAS: eval, or nothing. A proxy, a mirror or a
+# One layer for the packages, which changes with their lock alone. EXTRAS: eval, trackers, or nothing. A proxy, a mirror or a
 # certificate that pip needs comes as a secret, `--secret id=pip,src=pip.conf`, which stays in no layer.
 ARG EXTRAS=
 ARG TORCH_INDEX_URL=

@@ -70,7 +70,7 @@ define lock
 endef
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-faults docs-test check docs pictures plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc docker-build docker-push sbom lock image-test submit slurm-test
+.PHONY: help setup demo test test-faults docs-test check docs pictures plan doctor fetch prepare-data train evaluate generate chat merge export push report runs gc tensorboard trackers-test docker-build docker-push sbom lock image-test submit slurm-test
 
 help: ## Print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -85,6 +85,12 @@ setup: .venv/ready ## Install into .venv/
 .venv/test: .venv/ready requirements-dev.txt requirements-eval.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	.venv/bin/pip install --quiet --no-deps mistral-common==1.13.1
+	touch $@
+.venv/trackers: .venv/test requirements-trackers.txt
+	.venv/bin/pip install --quiet -r requirements-trackers.txt
+	touch $@
+.venv/tensorboard: .venv/ready requirements-trackers.txt
+	.venv/bin/pip install --quiet $$(grep ^tensorboard== requirements-trackers.txt)
 	touch $@
 .venv/image: .venv/test requirements-image.txt
 	.venv/bin/pip install --quiet -r requirements-image.txt
@@ -124,7 +130,10 @@ runs: $(ready) ## Print how the runs beside RUN_DIR stand
 gc: $(ready) ## List what they no longer need, and ask whether to remove it
 	$(stage) gc "$(RUN_DIR)"
 
-docker-build: ## Build the image for TORCH=cu13, cu12 or cpu; EXTRAS=eval adds benchmarks and the judge
+tensorboard: .venv/tensorboard ## Show the curves of the runs beside RUN_DIR, on http://localhost:6006
+	.venv/bin/tensorboard --logdir "$(patsubst %/,%,$(dir $(RUN_DIR)))"
+
+docker-build: ## Build the image for TORCH=cu13, cu12 or cpu; EXTRAS=eval (benchmarks, the judge) or trackers
 	docker build --tag $(IMAGE) $(foreach name,$(built),--build-arg $(name)=$($(name))) $(BUILD_FLAGS) .
 docker-push: ## Push IMAGE=registry/name:tag
 	docker push $(IMAGE)
@@ -142,10 +151,12 @@ test: .venv/test ## Run the tests
 test-faults: .venv/test ## Try every fault of docs/guarantees.md, at every point; half an hour
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "sweep or case or promise" --guarantees tests/guarantees.json
 	.venv/bin/python -m tests.guarantees > docs/guarantees.md
+trackers-test: .venv/trackers ## Hand curves to wandb, MLflow and trackio themselves, without a network
+	.venv/bin/python -m pytest -m sweep tests/lib/model/test_trackers.py
 docs-test: .venv/test ## Run every command of the tutorial; a quarter of an hour
 	.venv/bin/python -m pytest -m sweep tests/test_tutorial.py
 lock: .venv/image ## Pin what the image installs, with hashes; TORCH_WHEELS has torch for the CPU
-	$(foreach torch,cu13 cu12 cpu,$(call lock,$(torch),)$(call lock,$(torch),-eval))
+	$(foreach torch,cu13 cu12 cpu,$(foreach extras,none -eval -trackers,$(call lock,$(torch),$(extras:none=))))
 image-test: .venv/image ## Build the image for the CPU and run it all in it; starts an engine if need be, as root
 	.venv/bin/python -m tests.image
 slurm-test: .venv/test ## Run the Slurm script on a cluster of one machine; as root, with slurm-wlm and munge

@@ -101,7 +101,11 @@ class Forking:
         return Result(self.args, code, out, err)
 
     def __call__(
-        self, *args: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        *args: object,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> Result:
         """Run a command."""
         self.start(*args, stdin=stdin, cwd=cwd, **dict(env or {}))

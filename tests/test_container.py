@@ -27,7 +27,7 @@ def pins(path: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("extra", ["", "-eval"])
+@pytest.mark.parametrize("extra", ["", "-eval", "-trackers"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lock_has_every_requirement_and_hashes(variant: str, extra: str) -> None:
     path = LOCKS / f"{variant}{extra}.txt"
@@ -36,8 +36,7 @@ def test_lock_has_every_requirement_and_hashes(variant: str, extra: str) -> None
     assert locked.keys() == hashed.keys()
     assert all(hashed.values()), [name for name, hashes in hashed.items() if not hashes]
     wanted = pins(ROOT / "requirements.txt")
-    if extra:
-        wanted |= pins(ROOT / "requirements-eval.txt")
+    wanted |= pins(ROOT / f"requirements{extra}.txt")
     wanted |= pins(LOCKS / f"{variant}.in")
     assert len(wanted) > 15
     assert {name: locked.get(name) for name in wanted} == wanted, "run `make lock`"

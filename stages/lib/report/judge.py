@@ -100,7 +100,7 @@ class Judge:
 
         self.url, self.model = url, model
         self.sampling: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": 1024}
-        self.key = environment.judge_key()
+        self.key = environment.given("JUDGE_API_KEY") or None
         self.client = openai.OpenAI(
             base_url=url,
             api_key=self.key or "none",

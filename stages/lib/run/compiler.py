@@ -13,7 +13,7 @@ NEEDED = "which Triton needs for its kernels on a GPU"
 
 def check() -> Check:
     """Whether Triton will find a compiler and Python's headers, looked for as it does."""
-    named = (environment.compiler() or "", "gcc", "clang")
+    named = (environment.given("CC"), "gcc", "clang")
     found = next(filter(None, map(shutil.which, named)), None)
     if not found:
         remedy = "install gcc and libc6-dev, or name one in CC"

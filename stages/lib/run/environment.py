@@ -89,11 +89,6 @@ def has_token() -> bool:
     return bool(os.environ.get("HF_TOKEN"))
 
 
-def judge_key() -> str | None:
-    """The key of the judge's endpoint, where one was given."""
-    return os.environ.get("JUDGE_API_KEY") or None
-
-
 def given(name: str) -> str:
     """What a library is told by a variable of its own; empty where nothing."""
     return os.environ.get(name, "")
@@ -184,11 +179,6 @@ def keep_compiled() -> None:
 def visible_gpus() -> str | None:
     """Which GPUs CUDA is to see, by number or name with commas between; None for all of them."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
-def compiler() -> str | None:
-    """The C compiler that was asked for."""
-    return os.environ.get("CC")
 
 
 def offline() -> bool:
