@@ -4,16 +4,24 @@ import gzip
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Stages
+from tests.forking import run_forked
 from tests.refusals import Result, refused
 
 GOOD = '{"text": "### Human: Hi### Assistant: Hello."}\n'
 MANY = "".join(GOOD.replace("Hi", f"Hi {n}") for n in range(200))
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    """Run a command in this test's own folder; most of them load a model or a tokenizer."""
+    return partial(run_forked, tmp_path)
 
 
 def prepare(stages: Stages, tmp_path: Path, base: Path, dataset: Path | str, **env: str) -> Result:

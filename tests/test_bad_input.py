@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Stages, clean_environment, run_stages
+from tests.conftest import Stages, clean_environment
+from tests.forking import run_forked
 from tests.refusals import Result, refused, run_dir_of, sentences, whole, write_preset
 
 # What the finished run was made with; its folder is read by every test and changed by none.
@@ -41,7 +42,7 @@ def preset(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def make_run(preset: Path, folder: Path) -> Path:
     for stage in ("prepare-data", "train"):
-        result = run_stages(folder, "--env-file", preset, stage, "--run-dir", folder / "run")
+        result = run_forked(folder, "--env-file", preset, stage, "--run-dir", folder / "run")
         assert result.returncode == 0, result.stderr
     return folder / "run"
 
@@ -661,7 +662,7 @@ def refused_training(
     if case.base == "tiny":
         shutil.copytree(finished / "data", folder / "run" / "data")
     else:  # its tokenizer is good, so that data is prepared
-        prepared = run_stages(folder, "--env-file", preset, "prepare-data", *common)
+        prepared = run_forked(folder, "--env-file", preset, "prepare-data", *common)
         assert prepared.returncode == 0, prepared.stderr
     args = [arg.format(finished=finished) for arg in case.args]
     with (
@@ -670,7 +671,7 @@ def refused_training(
         else contextlib.nullcontext() as small
     ):
         env = {"SCRATCH_DIR": str(small)} if small else {}
-        result = run_stages(folder, "--env-file", preset, "train", *common, *args, env=env)
+        result = run_forked(folder, "--env-file", preset, "train", *common, *args, env=env)
         assert not small or list(small.iterdir()) == []
     return result
 

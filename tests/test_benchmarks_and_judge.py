@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_stages
+from tests.forking import run_forked
 from tests.judge_server import KEY, Endpoint
 from tests.refusals import refused, write_preset
 
@@ -36,7 +36,7 @@ def folder(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("judged")
     preset = write_preset(folder / "tiny.env", BASE_MODEL=tiny, DATASET=rows, **RECIPE)
     for stage in ("prepare-data", "train"):
-        result = run_stages(folder, "--env-file", preset, stage, "--run-dir", folder / "run")
+        result = run_forked(folder, "--env-file", preset, stage, "--run-dir", folder / "run")
         assert result.returncode == 0, result.stderr
     (folder / "sums").mkdir()
     (folder / "sums" / "sums.yaml").write_text(TASK)
@@ -48,7 +48,7 @@ def folder(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def evaluate(folder: Path, server: Endpoint) -> Result:
-    return run_stages(
+    return run_forked(
         folder, "--env-file", folder / "tiny.env", "evaluate", "--run-dir", folder / "run",
         "--benchmarks", "sums/sums.yaml", "--benchmark-limit", "4", "--benchmark-chat",
         "--judge-url", server.url, "--judge-model", "wise",

@@ -596,7 +596,7 @@ def test_data_that_was_edited_since_is_not_trained_on(
 )
 def test_the_loss_falls_on_real_conversations(sample_model: Path, tmp_path: Path) -> None:
     env = {
-        "BASE_MODEL": "sample", "BASE_PRECISION": "bf16", "LOSS_ON": "all", "MAX_ROWS": "24",
+        "BASE_MODEL": "sample", "BASE_PRECISION": "bf16", "LOSS_ON": "all", "MAX_ROWS": "16",
         "MAX_LENGTH": "128", "BATCH_TOKENS": "512", "EPOCHS": "3", "LEARNING_RATE": "2e-3",
         "SCHEDULE": "constant", "RUN_DIR": "run",
     }  # fmt: skip

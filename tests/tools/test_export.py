@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from stages.lib.data.formats import GOLDEN, Format, choose
 from stages.lib.data.templates import Segment
 from stages.lib.data.tokens import Tokens
 from stages.lib.run import artifact
-from tests.conftest import ROOT, Stages, run_stages
+from tests.conftest import ROOT, Stages
+from tests.forking import run_forked
 from tests.test_bad_input import mounted
 from tests.test_hub import Result, sentence
 
@@ -27,6 +29,12 @@ TEXTS = (
     "it's we'll I'd DON'T",
     "def f(x):\n    return x**2  # ok", "<|im_end|> is text", "\u00a0nbsp\u2003em", "e\u0301", "   \n   \n  x",
 )  # fmt: skip
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    """Run a command in this test's own folder; most of them load a model or a tokenizer."""
+    return partial(run_forked, tmp_path)
 
 
 def publish(source: Path, target: Path, inputs: dict[str, Any]) -> str:
@@ -55,7 +63,7 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("export")
     tokens = Tokens(tiny)
     run = make_run(folder, tiny, tokens, choose("guanaco", tokens, (), "assistant")[0])
-    return run, run_stages(folder, "export", "--run-dir", str(run))
+    return run, run_forked(folder, "export", "--run-dir", str(run))
 
 
 def test_the_artifact(exported: tuple[Path, Result], stages: Stages, tiny: Path) -> None:
