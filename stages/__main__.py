@@ -11,6 +11,27 @@ from stages.lib.run.environment import SECRETS_FILE
 from stages.lib.run.exits import Reported
 
 COMPLETE = "_LORA_STAGES_COMPLETE"  # set by the scripts of `completion`
+COMMANDS = {  # name -> module, in the order of `docs/options.md`
+    "plan": "stages.tools.plan",
+    "doctor": "stages.tools.doctor",
+    "fetch": "stages.tools.fetch",
+    "prepare-data": "stages.prepare_data",
+    "train": "stages.train",
+    "evaluate": "stages.evaluate",
+    "generate": "stages.generate",
+    "chat": "stages.tools.chat",
+    "merge": "stages.merge",
+    "export": "stages.tools.export",
+    "push": "stages.tools.push",
+    "report": "stages.tools.report",
+    "runs": "stages.tools.runs",
+    "gc": "stages.tools.gc",
+    "chain": "stages.tools.chain",
+    "job": "stages.tools.job",
+    "copy": "stages.tools.copy",
+    "options": "stages.tools.options",
+    "completion": "stages.tools.completion",
+}
 
 
 def _presets(_: click.Context, __: click.Parameter, word: str) -> list[CompletionItem[str]]:
@@ -20,7 +41,7 @@ def _presets(_: click.Context, __: click.Parameter, word: str) -> list[Completio
     return fitting or [CompletionItem(word, type="file")]
 
 
-@click.group(cls=settings.Stages)
+@click.group(cls=settings.Stages, modules=COMMANDS)
 @click.version_option(__version__, prog_name="lora-stages")
 @click.option(
     "--env-file",
@@ -36,43 +57,14 @@ def stages(ctx: click.Context, env_file: Path | None) -> None:
     """
     group = ctx.command
     assert isinstance(group, settings.Stages)
-    settings.check_make_overrides(group.names())
+    settings.check_make_overrides(group.names)
     environment.load_secrets(Path("env"))
     if env_file:
         group.use_preset(ctx, env_file)
 
 
-def _register() -> None:
-    from stages.evaluate import evaluate
-    from stages.generate import generate
-    from stages.merge import merge
-    from stages.prepare_data import prepare_data
-    from stages.tools.chain import chain
-    from stages.tools.chat import chat
-    from stages.tools.completion import completion
-    from stages.tools.copy import copy
-    from stages.tools.doctor import doctor
-    from stages.tools.export import export
-    from stages.tools.fetch import fetch
-    from stages.tools.gc import gc
-    from stages.tools.job import job
-    from stages.tools.options import options
-    from stages.tools.plan import plan
-    from stages.tools.push import push
-    from stages.tools.report import report
-    from stages.tools.runs import runs
-    from stages.train import train
-
-    for command in (
-        plan, doctor, fetch, prepare_data, train, evaluate, generate, chat, merge, export, push, report, runs,
-        gc, chain, job, copy, options, completion,
-    ):  # fmt: skip
-        stages.add_command(command)
-
-
 def main() -> None:
     """Run a command and exit with its code."""
-    _register()
     redaction.guard_streams()
     outcome = Reported(redaction.said, several.leave)
     with several.ending(outcome), outcome:

@@ -22,7 +22,8 @@ environment.quiet_libraries()
 environment.settle()
 environment.keep_compiled()
 BEFORE
-from stages.__main__ import main
+from stages.__main__ import main, stages
+stages.all()
 
 def child(order):
     os.setsid()

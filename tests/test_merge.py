@@ -48,13 +48,12 @@ Stage = Callable[..., None]
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Run a command in this process; what it raises travels."""
-    from stages.__main__ import _register, stages
+    from stages.__main__ import stages
 
     folder = tmp_path_factory.mktemp("here")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _register()
     with mock.patch.dict(os.environ, clean_environment(folder), clear=True):
         yield lambda *args: stages.main(
             [str(arg) for arg in args], standalone_mode=False, obj=Reported()

@@ -1,6 +1,5 @@
 """What a run needs of its machine: folders that can be written and have room, memory to share, packages."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -140,9 +139,11 @@ def packages(requirements: Path = REQUIREMENTS) -> Check:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # a tenth of what `--help` may take
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return ""
 
 

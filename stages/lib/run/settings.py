@@ -4,8 +4,9 @@ Precedence: flag > environment > preset (`--env-file FILE`, read with python-dot
 """
 
 import difflib
+import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,39 @@ class Stage(click.Command):
 
 
 class Stages(click.Group):
-    """All commands, and the preset that they share."""
+    """All commands, each imported when it is asked for, and the preset that they share.
+
+    `modules` says where a command is: its name -> the module that has a function of that name.
+    """
 
     command_class = Stage
+
+    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, sorted."""
+        return sorted(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command, or None where there is none of that name."""
+        return self._command(cmd_name) if cmd_name in self.modules else None
+
+    def _command(self, name: str) -> click.Command:
+        found: click.Command = getattr(
+            importlib.import_module(self.modules[name]), name.replace("-", "_")
+        )
+        return found
+
+    def all(self) -> dict[str, click.Command]:
+        """Name -> command, in their order; imports them all."""
+        return {name: self._command(name) for name in self.modules}
 
     def declared(self) -> dict[str, list[tuple[str, Setting]]]:
         """Environment name -> the (command, option) pairs that declare it."""
         found: dict[str, list[tuple[str, Setting]]] = {}
-        for name, command in self.commands.items():
+        for name, command in self.all().items():
             for option in command.params:
                 if isinstance(option, Setting):
                     found.setdefault(option.variable, []).append((name, option))
@@ -131,7 +157,7 @@ class Stages(click.Group):
     def use_preset(self, ctx: click.Context, path: Path) -> None:
         """Make a preset's values the defaults of the commands that declare them."""
         values = read_preset(path, self.declared())
-        defaults: dict[str, dict[str, str]] = {name: {} for name in self.commands}
+        defaults: dict[str, dict[str, str]] = {name: {} for name in self.modules}
         for variable, value in values.items():
             for name, option in self.declared()[variable]:
                 defaults[name][str(option.name)] = value
@@ -162,14 +188,16 @@ def read_preset(path: Path, declared: Iterable[str]) -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
 
 
-def check_make_overrides(known: Iterable[str]) -> None:
+def check_make_overrides(names: Callable[[], list[str]]) -> None:
     """Refuse `make train LEARNIN_RATE=1`, which make itself would pass on without a word.
 
     Our Makefile puts the names that were given on its command line into MAKE_GIVEN.
     """
-    for name in os.environ.get("MAKE_GIVEN", "").split():
-        if name not in known and name not in MAKE_NAMES:
-            near = did_you_mean(name, [*known, *MAKE_NAMES])
+    given = os.environ.get("MAKE_GIVEN", "").split()
+    known = [*names(), *MAKE_NAMES] if given else []
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known)
             raise BadSetting(f"make was given {name}, which is no setting.{near}")
 
 

@@ -1,7 +1,6 @@
 """The versions that shape a result."""
 
 import contextlib
-import importlib.metadata
 import platform
 import sys
 
@@ -21,10 +20,12 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The versions that shaped a result."""
+    from importlib import metadata  # a tenth of what `--help` may take
+
     found = {"lora-stages": __version__, "python": platform.python_version()}
     for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     if "torch" in sys.modules:
         found["torch"] = sys.modules["torch"].__version__  # with its build, +cpu or +cu130
     return found
