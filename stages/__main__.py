@@ -41,7 +41,7 @@ def _presets(_: click.Context, __: click.Parameter, word: str) -> list[Completio
     return fitting or [CompletionItem(word, type="file")]
 
 
-@click.group(cls=settings.Stages, modules=COMMANDS)
+@click.group(cls=settings.Stages, commands=settings.Commands(COMMANDS))
 @click.version_option(__version__, prog_name="lora-stages")
 @click.option(
     "--env-file",

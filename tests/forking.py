@@ -23,7 +23,7 @@ environment.settle()
 environment.keep_compiled()
 BEFORE
 from stages.__main__ import main, stages
-stages.all()
+dict(stages.commands)
 
 def child(order):
     os.setsid()

@@ -24,7 +24,7 @@ def markdown(group: Stages) -> str:
         "A setting comes from its flag, else the environment, else the preset, else its default.",
         "",
     ]
-    for name, command in group.all().items():
+    for name, command in group.commands.items():
         settings = [option for option in command.params if isinstance(option, Setting)]
         if settings:
             lines += [f"## {name}", "", command.help or "", ""]

@@ -5,7 +5,9 @@ in 16 bit, only the GPU knows. On the way back the weight is dequantised; bitsan
 input, too.
 """
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,6 +115,22 @@ def lighten(model: Any) -> None:
             layer.register_buffer("stored", layer.weight.data, persistent=False)
             layer.register_buffer("scales", scales, persistent=False)
             layer.forward = types.MethodType(_forward, layer)
+
+
+@contextlib.contextmanager
+def without_outliers(model: Any) -> Iterator[None]:
+    """Have every column of x computed in int8: a row's product then depends on no other row of its batch."""
+    import bitsandbytes as bnb
+
+    states = [layer.state for layer in model.modules() if isinstance(layer, bnb.nn.Linear8bitLt)]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

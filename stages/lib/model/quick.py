@@ -146,10 +146,11 @@ class Quick:
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Evaluating, without gradients."""
+        """Evaluating, without gradients; in int8 so that a row does not depend on those beside it."""
         was_training = self.tuned.training
         self.tuned.eval()
-        with torch.no_grad(), load.compute(self.precision):
+        alone = int8.without_outliers if self.precision == "int8" else contextlib.nullcontext
+        with torch.no_grad(), load.compute(self.precision), alone(self.tuned):
             yield
         self.tuned.train(was_training)
 

@@ -6,7 +6,8 @@ Precedence: flag > environment > preset (`--env-file FILE`, read with python-dot
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,40 +112,25 @@ class Stage(click.Command):
             raise CannotWrite("nobody reads standard output any more; send it to a file") from error
 
 
-class Stages(click.Group):
-    """All commands, each imported when it is asked for, and the preset that they share.
+class Commands(UserDict[str, Any]):
+    """Commands by name, each imported when it is asked for; made of name -> its module."""
 
-    `modules` says where a command is: its name -> the module that has a function of that name.
-    """
-
-    command_class = Stage
-
-    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.modules = modules
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, sorted."""
-        return sorted(self.modules)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command, or None where there is none of that name."""
-        return self._command(cmd_name) if cmd_name in self.modules else None
-
-    def _command(self, name: str) -> click.Command:
+    def __getitem__(self, name: str) -> click.Command:
         found: click.Command = getattr(
-            importlib.import_module(self.modules[name]), name.replace("-", "_")
+            importlib.import_module(super().__getitem__(name)), name.replace("-", "_")
         )
         return found
 
-    def all(self) -> dict[str, click.Command]:
-        """Name -> command, in their order; imports them all."""
-        return {name: self._command(name) for name in self.modules}
+
+class Stages(click.Group):
+    """All commands, and the preset that they share."""
+
+    command_class = Stage
 
     def declared(self) -> dict[str, list[tuple[str, Setting]]]:
         """Environment name -> the (command, option) pairs that declare it."""
         found: dict[str, list[tuple[str, Setting]]] = {}
-        for name, command in self.all().items():
+        for name, command in self.commands.items():
             for option in command.params:
                 if isinstance(option, Setting):
                     found.setdefault(option.variable, []).append((name, option))
@@ -157,7 +143,7 @@ class Stages(click.Group):
     def use_preset(self, ctx: click.Context, path: Path) -> None:
         """Make a preset's values the defaults of the commands that declare them."""
         values = read_preset(path, self.declared())
-        defaults: dict[str, dict[str, str]] = {name: {} for name in self.modules}
+        defaults: dict[str, dict[str, str]] = {name: {} for name in self.commands}
         for variable, value in values.items():
             for name, option in self.declared()[variable]:
                 defaults[name][str(option.name)] = value

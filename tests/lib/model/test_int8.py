@@ -95,3 +95,21 @@ def test_the_compiler_takes_it_whole() -> None:
         found.append((y, x.grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_without_outliers_a_row_does_not_depend_on_the_others() -> None:
+    """So that a comparison of two ways to batch rows compares nothing else."""
+    torch.manual_seed(0)
+    layer = quantised(nn.Linear(64, 96, dtype=torch.bfloat16)).eval()
+    layer.state.is_training = False  # else, on the CPU, it is multiplied in 16 bit
+    x = torch.randn(8, 64).to(torch.bfloat16)
+    x[7, 3] = 50  # makes a column of all rows one with outliers
+
+    def apart() -> float:
+        with torch.no_grad():
+            return float((layer(x)[:1] - layer(x[:1])).abs().max())
+
+    assert apart() > 0
+    with int8.without_outliers(layer):
+        assert apart() == 0
+    assert apart() > 0
