@@ -255,9 +255,10 @@ def test_offloaded_layers_give_the_gradients_of_layers_that_recompute(
     shape = Shape(64 if uniform else 100, uniform, TOKENS)
     again, away = offloaded_and_not(precision, 2, packed, shape)
     for (loss, of_loss), (wanted, of_wanted) in zip(away, again, strict=True):
-        assert error(loss, wanted) < 1e-3
-        # The compiler fuses, and so rounds, elsewhere: on a CPU 0.04 was seen, in FP8 0.18.
-        assert error(of_loss, of_wanted) < (0.35 if precision == "fp8" else 0.1)
+        # The compiler fuses, and so rounds, elsewhere: a loss in bf16 was 3e-4 off and its gradients 0.07,
+        # in FP8 3e-3 and 0.38; FP8 itself is 0.013 and 1.05 off bf16 here, another dropout mask 1.5.
+        assert error(loss, wanted) < (5e-3 if precision == "fp8" else 1e-3)
+        assert error(of_loss, of_wanted) < (0.5 if precision == "fp8" else 0.1)
 
 
 def test_offloading_frees_memory_and_returns_the_same_at_any_speed(compiled_anew: None) -> None:

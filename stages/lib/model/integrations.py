@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any
 
 from transformers.integrations import (
@@ -143,7 +142,7 @@ class Wandb(Opened, WandbCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have all of it sent, or on the disk."""
         if self._initialized:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 class Mlflow(Opened, MLflowCallback):
@@ -162,7 +161,10 @@ class Mlflow(Opened, MLflowCallback):
         uri = environment.given("MLFLOW_TRACKING_URI")
         if not uri:
             self.curves.home.mkdir(parents=True, exist_ok=True)
-            uri = f"sqlite:///{Path(self.curves.home).resolve()}/mlflow.db"
+            home = self.curves.home.resolve()
+            uri = f"sqlite:///{home}/mlflow.db"
+            # Else its database would name the working directory, and have a folder made there.
+            environment.provide({"_MLFLOW_SERVER_ARTIFACT_ROOT": str(home / "artifacts")})
         self._ml_flow.set_tracking_uri(uri)
         self._ml_flow.set_experiment(environment.given("MLFLOW_EXPERIMENT_NAME") or PROJECT)
         if self._ml_flow.active_run() is None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +158,25 @@ assert tracker.said is None, tracker.said
 """
 
 
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Of a `.wandb` file: LevelDB's log, whose blocks of 32 KiB hold no record across their end here."""
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    place = 7
+    while place < len(content):
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        assert kind == 1, "a record in pieces"
+        yield content[place + 7 : place + 7 + size]
+        place += 7 + size
+
+
 def wandb_points(folder: Path) -> list[tuple[int, float]]:
     """From the files of an offline run, which `wandb sync` sends in this order."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for path in sorted(folder.glob("wandb/wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
+        for data in wandb_records(path):
             record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
@@ -226,7 +237,8 @@ def test_curves_go_on_in_one_run_of_the_real_package(kind: str, tmp_path: Path) 
             [sys.executable, "-c", TWO, kind, str(run)], env=env, text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout == ""
+        offline = "[INFO] Running in WANDB offline mode\n"  # from transformers, when it is imported
+        assert done.stdout in ("", offline)
     found = {"wandb": wandb_points, "mlflow": mlflow_points, "trackio": trackio_points}[kind](run)
     assert found == [(step, 3.0 / step) for step in range(1, 7)]
     assert list((tmp_path / "home").rglob("*.db")) == []
