@@ -9,6 +9,12 @@ import pytest
 from tests.image.engine import NoEngine, base, engine
 
 SWITCH = "LORA_STAGES_BASE"  # the tests are collected where it is set
+EXPORTED = (
+    "PROMPT",
+    "RUN_DIR",
+    "IMAGE",
+    "MAKE_GIVEN",
+)  # by the make that runs this, to the one that is tested
 
 
 def main() -> int:
@@ -16,6 +22,8 @@ def main() -> int:
     try:
         with engine() as found:
             os.environ.update(found, **{SWITCH: base(found)})
+            for name in EXPORTED:
+                os.environ.pop(name, None)
             asked = sys.argv[1:] or [str(Path(__file__).parent)]
             return int(pytest.main(["-v", *asked]))
     except NoEngine as error:
