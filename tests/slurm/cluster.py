@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.slurm.stand_in import PROGRAM
 
+SWITCH = "LORA_STAGES_SLURM"  # the tests are collected where it is set
 NODES, GPUS = 3, 8
 # A requeued job may start again when its credential of before is over: after 120 s by default.
 CREDENTIAL_SECONDS = 5
@@ -94,7 +95,10 @@ class Cluster:
         )
         (folder / "slurm.conf").write_text(text)
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpus/[0-{GPUS - 1}]\n")
-        (folder / "bin" / "apptainer").write_text(PROGRAM.format(python=sys.executable))
+        (folder / "bin" / "apptainer").write_text(
+            PROGRAM.format(python=sys.executable, hosts=f"{folder}/hosts")
+        )
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(names)}\n")
         (folder / "bin" / "apptainer").chmod(0o755)
         (folder / "munge.key").write_bytes(os.urandom(64))
         (folder / "munge.key").chmod(0o400)

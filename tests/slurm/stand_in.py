@@ -3,7 +3,7 @@
 It notes what it is given, and ends as the volume's `plan` tells it, one word for each start: a code; `KILL` or
 `TERM`, by that signal; `wait`, with 75 when it is asked to stop; `deaf`, not even then. Without a plan it runs
 the stages that lie here, with the paths of the binds for those in the image, in the environment that
-`--containall` leaves.
+`--containall` leaves, where the nodes' names are known.
 """
 
 PROGRAM = """\
@@ -43,7 +43,12 @@ given = {{n[len(prefix):]: v for n, v in os.environ.items() if n.startswith(pref
 for here, there in binds.items():
     given = {{n: there + v[len(here):] if (v + "/").startswith(here + "/") else v for n, v in given.items()}}
 given |= {{"EXPECT_GPU": "0", "PYTHONPATH": kept["STAND_IN_ROOT"], "OMP_NUM_THREADS": "1"}}
+names = [given[n] for n in ("SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST")]
+with open(volume + "/nodes.jsonl", "a") as file:
+    file.write(json.dumps(names) + "\\n")
 arguments = sys.argv[[a.startswith("docker://") for a in sys.argv].index(True) + 1:]
 os.chdir(kept["STAND_IN_ROOT"])
-os.execvpe(sys.executable, [sys.executable, "-m", "stages", *arguments], kept | given)
+known = 'mount --bind "$0" /etc/hosts; exec "$@"'
+words = ["unshare", "--mount", "sh", "-ec", known, "{hosts}", sys.executable, "-m", "stages", *arguments]
+os.execvpe(words[0], words, kept | given)
 """

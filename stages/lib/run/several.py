@@ -67,6 +67,7 @@ class _Ranks:
 
     def __init__(self, folder: Path, hosts: Hosts, near: int, grace: float) -> None:
         self.folder, self.near, self.grace = folder, near, grace
+        self.among = f"of {hosts.count * near} " if hosts.count > 1 else ""
         self.asked: signal.Signals | None = None
         self.asked_at, self.again = 0.0, False
         where = ["--standalone"]
@@ -86,7 +87,7 @@ class _Ranks:
         preemption.listen()  # without a deadline: theirs is enough
         for number in preemption.SIGNALS:
             signal.signal(number, self._note)
-        say(f"starting {self.near} processes, one for each GPU")
+        say(f"starting {self.near} {self.among}processes, one for each GPU")
         # A session of its own: a service signals whole groups, and torchrun would kill after 30 seconds.
         process = subprocess.Popen(
             self.command, env=environment.for_ranks(self.folder, self.near), start_new_session=True
