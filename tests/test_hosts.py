@@ -80,8 +80,10 @@ class Pair:
     def cut(self) -> Iterator[None]:
         """Without the cable."""
         ip("-n", self.names[0], "link", "set", self.cable[0], "down")
-        yield
-        ip("-n", self.names[0], "link", "set", self.cable[0], "up")
+        try:
+            yield
+        finally:
+            ip("-n", self.names[0], "link", "set", self.cable[0], "up")
 
     def begin(self, name: str) -> Path:
         return shutil.copytree(self.folder / "prepared", self.folder / name)
@@ -180,7 +182,7 @@ def test_a_host_that_dies_ends_the_other_and_the_same_command_goes_on(
 ) -> None:
     """It stands still in its third step, so that the other waits for it, and is gone then."""
     run = pair.begin(f"dies {number}")
-    both = [pair.start(n, run, FAILPOINTS=f"train.bin=7:hang@{number}") for n in range(2)]
+    both = [pair.start(n, run, FAILPOINTS=f"train.bin=5:hang@{number}") for n in range(2)]
     wait_for(run / "checkpoints" / "step-00000002" / "manifest.json")
     for pid in of_session(both[number].pid):
         with contextlib.suppress(ProcessLookupError):
@@ -195,7 +197,7 @@ def test_a_host_that_dies_ends_the_other_and_the_same_command_goes_on(
 
 def test_a_cut_cable_ends_both_and_the_same_command_goes_on(pair: Pair) -> None:
     run = pair.begin("cable")
-    both = [pair.start(n, run, FAILPOINTS="train.bin=7:hang@1") for n in range(2)]
+    both = [pair.start(n, run, FAILPOINTS="train.bin=5:hang@1") for n in range(2)]
     wait_for(run / "checkpoints" / "step-00000002" / "manifest.json")
     with pair.cut():
         began = time.monotonic()

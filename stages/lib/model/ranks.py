@@ -216,7 +216,10 @@ def _other_host(rank: Rank, store: distributed.TCPStore) -> str:
 
 
 class _Pulse:
-    """A counter of each process in their store: the first watches all of them, the others watch the first."""
+    """A counter of each process in their store: the first watches all of them, the others watch the first.
+
+    A call on a store whose host is cut off does not return: what waits for it is watched by another thread.
+    """
 
     def __init__(
         self,
@@ -227,11 +230,13 @@ class _Pulse:
         self.rank, self.last_words, self.done = rank, last_words, done
         others = range(1, rank.count) if rank.number == 0 else [0]
         self.seen = dict.fromkeys(others, (b"", 0))  # what was seen, and how often
+        self.beats = 0
         self.thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._time, name="pulse watch", daemon=True).start()
 
     def _watch(self) -> None:
-        own, beats = f"pulse/{self.rank.number}", 0
+        own = f"pulse/{self.rank.number}"
         wait = datetime.timedelta(seconds=BEAT_SECONDS * LOST_BEATS)
         try:
             # A connection of its own: one call on a store waits for another.
@@ -239,15 +244,25 @@ class _Pulse:
                 self.rank.address, self.rank.port, is_master=False, timeout=wait
             )
             while not self.done.wait(BEAT_SECONDS):
-                beats += 1
-                store.set(own, str(beats))
+                store.set(own, str(self.beats + 1))
                 self._look(store)
+                self.beats += 1
                 if self.rank.parent and not lease.is_running(self.rank.parent):
                     preemption.request("the process that started this one is gone")
             store.set(own, DONE)
         except RuntimeError as error:
             if not self.done.is_set():
                 self._end(f"the processes' store is gone ({str(error).splitlines()[0][:200]})")
+
+    def _time(self) -> None:
+        before, times = self.beats, 0
+        while not self.done.wait(BEAT_SECONDS):
+            times = times + 1 if self.beats == before else 0
+            before = self.beats
+            if times > LOST_BEATS:  # a beat later than the store's own timeout
+                self._end(
+                    f"the processes' store has not answered for {times * BEAT_SECONDS:.0f} s"
+                )
 
     def _look(self, store: Any) -> None:
         keys = [f"pulse/{number}" for number in self.seen]
