@@ -260,9 +260,7 @@ class _Pulse:
             times = times + 1 if self.beats == before else 0
             before = self.beats
             if times > LOST_BEATS:  # a beat later than the store's own timeout
-                self._end(
-                    f"the processes' store has not answered for {times * BEAT_SECONDS:.0f} s"
-                )
+                self._end(f"the processes' store has not answered for {times * BEAT_SECONDS:.0f} s")
 
     def _look(self, store: Any) -> None:
         keys = [f"pulse/{number}" for number in self.seen]

@@ -186,15 +186,16 @@ class Draft:
         )
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         self.by.check_held()
-        with preemption.deferred(), writing(self.path):
-            volume.patiently(lambda: self._seal(content))
-            failpoints.reach("publish.written")
-            volume.flush_folder(self.path)
-            failpoints.reach("publish.done")
-            self._whole = whole
-            with contextlib.suppress(OSError):  # beside a manifest it means nothing
-                (self.path / DRAFT).unlink(missing_ok=True)
-        self.by.progressed()
+        with preemption.deferred():
+            with writing(self.path):
+                volume.patiently(lambda: self._seal(content))
+                failpoints.reach("publish.written")
+                volume.flush_folder(self.path)
+                failpoints.reach("publish.done")
+                self._whole = whole
+                with contextlib.suppress(OSError):  # beside a manifest it means nothing
+                    (self.path / DRAFT).unlink(missing_ok=True)
+            self.by.progressed()
         return Artifact(self.path, whole)
 
     def _seal(self, content: bytes) -> None:
@@ -215,15 +216,16 @@ def publish(source: Path, target: Path, manifest: dict[str, Any], by: Holder = A
     """
     json.dumps(manifest, allow_nan=False)  # fails here, and not when the old one is gone
     check_room(target, volume.size(source) - volume.size(target))
-    with preemption.deferred(), Draft(target, by) as draft:
-        for path in sorted(path for path in source.rglob("*") if path.is_file()):
-            draft.take(path, path.relative_to(source).as_posix())
-        made = draft.finish(manifest)
-    try:
-        load(target, deep=True)
-    except BadData as error:
-        retire(target)
-        raise TryAgain(f"the volume lost what was written: {error.message}") from error
+    with preemption.deferred():
+        with Draft(target, by) as draft:
+            for path in sorted(path for path in source.rglob("*") if path.is_file()):
+                draft.take(path, path.relative_to(source).as_posix())
+            made = draft.finish(manifest)
+        try:
+            load(target, deep=True)
+        except BadData as error:
+            retire(target)
+            raise TryAgain(f"the volume lost what was written: {error.message}") from error
     return made
 
 

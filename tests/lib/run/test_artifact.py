@@ -286,16 +286,29 @@ def test_a_stopped_draft_keeps_what_its_notes_say_is_finished(
     assert not target.exists()
 
 
+class Told:
+    """A holder that is asked to stop while it counts what was published, as its record is written then."""
+
+    def check_held(self) -> None:
+        """It is."""
+
+    def progressed(self) -> None:
+        """Reach a point of failure."""
+        failpoints.reach("attempt.record")
+
+
 @pytest.mark.promise("P1")
+@pytest.mark.parametrize("point", ["publish.done", "attempt.record"])
 def test_a_stop_does_not_come_between_the_manifest_and_its_artifact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     monkeypatch.setattr(preemption, "_reasons", [])
+    monkeypatch.setattr(preemption, "_signals", [])
     before = signal.signal(signal.SIGTERM, preemption._note)
-    monkeypatch.setenv("FAILPOINTS", "publish.done:term")
+    monkeypatch.setenv("FAILPOINTS", f"{point}:term")
     failpoints.arm()
     try:
-        with artifact.Draft(tmp_path / "made") as draft:
+        with artifact.Draft(tmp_path / "made", Told()) as draft:
             draft.finish({"metrics": {}})
     finally:
         signal.signal(signal.SIGTERM, before)
