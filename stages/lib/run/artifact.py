@@ -186,15 +186,14 @@ class Draft:
         )
         content = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         self.by.check_held()
-        with preemption.deferred():
-            with writing(self.path):
-                volume.patiently(lambda: self._seal(content))
-                failpoints.reach("publish.written")
-                volume.flush_folder(self.path)
-                failpoints.reach("publish.done")
-                self._whole = whole
-                with contextlib.suppress(OSError):  # beside a manifest it means nothing
-                    (self.path / DRAFT).unlink(missing_ok=True)
+        with preemption.deferred(), writing(self.path):
+            volume.patiently(lambda: self._seal(content))
+            failpoints.reach("publish.written")
+            volume.flush_folder(self.path)
+            failpoints.reach("publish.done")
+            self._whole = whole
+            with contextlib.suppress(OSError):  # beside a manifest it means nothing
+                (self.path / DRAFT).unlink(missing_ok=True)
             self.by.progressed()
         return Artifact(self.path, whole)
 
@@ -265,9 +264,8 @@ def foreign(folder: Path) -> list[str]:
         manifest = None  # of which nothing is believed
     if manifest is None:
         return []
-    own = {*manifest["files"], MANIFEST, DRAFT}
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in found if name not in own)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(found - {*manifest["files"], MANIFEST, DRAFT})
 
 
 def load(folder: Path, deep: bool = False) -> Artifact | None:
