@@ -9,12 +9,8 @@ import pytest
 from tests.image.engine import NoEngine, base, engine
 
 SWITCH = "LORA_STAGES_BASE"  # the tests are collected where it is set
-EXPORTED = (
-    "PROMPT",
-    "RUN_DIR",
-    "IMAGE",
-    "MAKE_GIVEN",
-)  # by the make that runs this, to the one that is tested
+# By the make that runs this, to the one that is tested.
+EXPORTED = ("PROMPT", "RUN_DIR", "IMAGE", "MAKE_GIVEN")
 
 
 def main() -> int:

@@ -163,7 +163,7 @@ class Mlflow(Opened, MLflowCallback):
             self.curves.home.mkdir(parents=True, exist_ok=True)
             home = self.curves.home.resolve()
             uri = f"sqlite:///{home}/mlflow.db"
-            # Else its database would name the working directory, and have a folder made there.
+            # Else its database would name a folder of the working directory.
             environment.provide({"_MLFLOW_SERVER_ARTIFACT_ROOT": str(home / "artifacts")})
         self._ml_flow.set_tracking_uri(uri)
         self._ml_flow.set_experiment(environment.given("MLFLOW_EXPERIMENT_NAME") or PROJECT)

@@ -148,14 +148,13 @@ def test_what_a_kill_leaves_behind_the_artifact_is_removed(
 @pytest.mark.promise("P2")
 def test_kills_at_any_time(attempts: Attempts, whole: dict[str, str]) -> None:
     chance = random.Random(0)
+    manifest = attempts.dir / "data" / "manifest.json"
     for _ in range(4):
         attempts.run.start(*attempts.args(), **attempts.settings)
         time.sleep(chance.uniform(0.05, 0.5))
         os.kill(attempts.run.pid, signal.SIGKILL)
         attempts.run.wait()
-        if (
-            attempts.dir / "data" / "manifest.json"
-        ).exists():  # and all is done, or all but to exit
+        if manifest.exists():  # and all is done, or all but to exit
             break
     result = attempts()
     assert result.returncode == 0, result.stderr
